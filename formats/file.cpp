@@ -1,0 +1,231 @@
+#include "formats/file.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <filesystem>
+
+#include "formats/test_point.h"
+
+namespace vmsnap {
+
+namespace fs = std::filesystem;
+
+Fd& Fd::operator=(Fd&& other) noexcept {
+  if (this != &other) {
+    reset();
+    fd_ = other.release();
+  }
+  return *this;
+}
+
+int Fd::release() { return std::exchange(fd_, -1); }
+
+void Fd::reset() {
+  if (fd_ >= 0) ::close(fd_);
+  fd_ = -1;
+}
+
+Result<Fd> open_file(const std::string& path, int flags, mode_t mode) {
+  const int fd = ::open(path.c_str(), flags | O_CLOEXEC, mode);
+  if (fd < 0) return fail_errno(errno, "cannot open {}", path);
+  return Fd(fd);
+}
+
+Status read_exact_at(int fd, std::span<std::byte> bytes, uint64_t offset, const std::string& name) {
+  while (!bytes.empty()) {
+    const ssize_t got = ::pread(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return fail_errno(errno, "cannot read {} at byte {}", name, offset);
+    if (got == 0)
+      return fail(ErrorCode::damaged, "{} ends at byte {}: it is cut short", name, offset);
+    bytes = bytes.subspan(static_cast<size_t>(got));
+    offset += static_cast<uint64_t>(got);
+  }
+  return {};
+}
+
+Status write_all_at(int fd, std::span<const std::byte> bytes, uint64_t offset,
+                    const std::string& name) {
+  while (!bytes.empty()) {
+    const ssize_t put = ::pwrite(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+    if (put < 0 && errno == EINTR) continue;
+    if (put < 0) return fail_errno(errno, "cannot write {}", name);
+    if (put == 0) return fail_errno(EIO, "cannot write {}", name);
+    bytes = bytes.subspan(static_cast<size_t>(put));
+    offset += static_cast<uint64_t>(put);
+  }
+  return {};
+}
+
+Status write_all(int fd, std::span<const std::byte> bytes, const std::string& name) {
+  while (!bytes.empty()) {
+    const ssize_t put = ::write(fd, bytes.data(), bytes.size());
+    if (put < 0 && errno == EINTR) continue;
+    if (put <= 0) return fail_errno(put < 0 ? errno : EIO, "cannot write {}", name);
+    bytes = bytes.subspan(static_cast<size_t>(put));
+  }
+  return {};
+}
+
+Result<std::string> read_small_file(const std::string& path, size_t limit) {
+  const Fd fd = VMSNAP_TRY(open_file(path, O_RDONLY));
+  std::string contents;
+  char buffer[65536];
+  for (;;) {
+    const ssize_t got = ::read(fd.get(), buffer, sizeof buffer);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return fail_errno(errno, "cannot read {}", path);
+    if (got == 0) return contents;
+    contents.append(buffer, static_cast<size_t>(got));
+    if (contents.size() > limit) {
+      return fail(ErrorCode::damaged, "{} is larger than {} bytes", path, limit);
+    }
+  }
+}
+
+Status write_small_file(const std::string& path, std::string_view contents, mode_t mode) {
+  AtomicFile file = VMSNAP_TRY(AtomicFile::create(path, /*replace=*/true));
+  VMSNAP_CHECK(write_all(file.fd(), std::as_bytes(std::span(contents)), path));
+  if (::fchmod(file.fd(), mode) < 0) return fail_errno(errno, "cannot set the mode of {}", path);
+  return file.commit();
+}
+
+namespace {
+
+constexpr size_t random_digits = 16;
+
+std::string directory_of(const std::string& path) {
+  const std::string directory = fs::path(path).parent_path().string();
+  return directory.empty() ? "." : directory;
+}
+
+// ".NAME.vmsnap-": what every temporary file for `path` starts with.
+std::string temporary_prefix(const std::string& path) {
+  return "." + fs::path(path).filename().string() + ".vmsnap-";
+}
+
+bool lock_whole_file(int fd) {
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  return ::fcntl(fd, F_OFD_SETLK, &lock) == 0;
+}
+
+// Whether `name` is one that create() makes, and not a file of the user's.
+bool is_temporary_name(const std::string& name, const std::string& prefix) {
+  return name.size() == prefix.size() + random_digits && name.starts_with(prefix) &&
+         name.find_first_not_of("0123456789abcdef", prefix.size()) == std::string::npos;
+}
+
+// Removes what killed writers of the same path left. A file whose lock can be
+// had has no living writer; one that cannot be looked at is left alone.
+void remove_abandoned(const std::string& path) {
+  std::error_code error;
+  const std::string prefix = temporary_prefix(path);
+  fs::directory_iterator entry(directory_of(path), error);
+  for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
+    const fs::path& found = entry->path();
+    if (!is_temporary_name(found.filename().string(), prefix)) continue;
+    const Fd fd(::open(found.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
+    if (fd && lock_whole_file(fd.get())) ::unlink(found.c_str());
+  }
+}
+
+// Between its open() and its lock, another writer may take the new file for
+// an abandoned one, and remove it.
+bool is_linked(int fd) {
+  struct stat status;
+  return ::fstat(fd, &status) == 0 && status.st_nlink > 0;
+}
+
+tl::unexpected<Error> exists_already(const std::string& path) {
+  return tl::unexpected(Error(ErrorCode::exists, path + " exists already")
+                            .with_remedy("Choose another name, or give --force to replace it."));
+}
+
+// Nothing is at `path`, or a file that may be replaced. A device or a pipe is
+// never replaced by a file: whoever names one wants to write into it.
+Status check_target(const std::string& path, bool replace) {
+  struct stat status;
+  if (::lstat(path.c_str(), &status) < 0) return {};
+  if (!replace) return exists_already(path);
+  if (S_ISREG(status.st_mode) || S_ISLNK(status.st_mode)) return {};
+  return tl::unexpected(Error(ErrorCode::exists, path + " exists already and is not a regular file")
+                            .with_remedy("Choose another name."));
+}
+
+}  // namespace
+
+Status sync_directory_of(const std::string& path) {
+  const std::string directory = directory_of(path);
+  const Fd fd = VMSNAP_TRY(open_file(directory, O_RDONLY | O_DIRECTORY));
+  if (::fsync(fd.get()) < 0) return fail_errno(errno, "cannot sync directory {}", directory);
+  return {};
+}
+
+Result<AtomicFile> AtomicFile::create(const std::string& path, bool replace) {
+  VMSNAP_CHECK(check_target(path, replace));
+  remove_abandoned(path);
+
+  AtomicFile file;
+  file.path_ = path;
+  file.replace_ = replace;
+  for (;;) {
+    uint64_t random = 0;
+    if (::getrandom(&random, sizeof random, 0) != sizeof random) {
+      return fail_errno(errno, "cannot get random bytes");
+    }
+    const std::string temporary = fmt::format("{}/{}{:0{}x}", directory_of(path),
+                                              temporary_prefix(path), random, random_digits);
+    file.fd_ = VMSNAP_TRY(open_file(temporary, O_RDWR | O_CREAT | O_EXCL));
+    file.temporary_path_ = temporary;
+    const bool locked = lock_whole_file(file.fd_.get());
+    if (!locked && errno != EAGAIN && errno != EACCES) {
+      return fail_errno(errno, "cannot lock {}", temporary);
+    }
+    if (locked && is_linked(file.fd_.get())) return file;
+    file.discard();
+  }
+}
+
+AtomicFile& AtomicFile::operator=(AtomicFile&& other) noexcept {
+  if (this != &other) {
+    discard();
+    fd_ = std::move(other.fd_);
+    path_ = std::move(other.path_);
+    temporary_path_ = std::exchange(other.temporary_path_, {});
+    replace_ = other.replace_;
+  }
+  return *this;
+}
+
+Status AtomicFile::commit() {
+  if (::fsync(fd_.get()) < 0) return fail_errno(errno, "cannot sync {}", path_);
+  VMSNAP_TEST_POINT("commit.synced");
+  const char* from = temporary_path_.c_str();
+  int renamed =
+      ::renameat2(AT_FDCWD, from, AT_FDCWD, path_.c_str(), replace_ ? 0 : RENAME_NOREPLACE);
+  if (renamed < 0 && errno == EINVAL && !replace_) {
+    // A file system without RENAME_NOREPLACE: link(2) never replaces either.
+    renamed = ::link(from, path_.c_str());
+    if (renamed == 0) ::unlink(from);
+  }
+  if (renamed < 0 && errno == EEXIST) return exists_already(path_);
+  if (renamed < 0) return fail_errno(errno, "cannot rename {} to {}", temporary_path_, path_);
+  temporary_path_.clear();
+  VMSNAP_TEST_POINT("commit.renamed");
+  return sync_directory_of(path_);
+}
+
+void AtomicFile::discard() {
+  if (!temporary_path_.empty()) ::unlink(temporary_path_.c_str());
+  temporary_path_.clear();
+  fd_.reset();
+}
+
+}  // namespace vmsnap

@@ -1,0 +1,59 @@
+// Named moments at which a test may make this process die or stand still.
+//
+// VMSNAP_KILL_AT=name makes the process kill itself with SIGKILL when it gets
+// there; VMSNAP_STOP_AT=name stops it with SIGSTOP, once, until SIGCONT. The
+// tests walk the whole list below: "killed at any moment" is checked at each.
+// Without the variables a point costs one branch.
+#pragma once
+
+#include <array>
+#include <string_view>
+
+namespace vmsnap {
+
+// In the order in which a snapshot, then a restore, passes them.
+inline constexpr std::array test_point_names = {
+    std::string_view("snapshot.start"),       // arguments read, VM untouched
+    std::string_view("snapshot.output"),      // temporary file made
+    std::string_view("attach.seized"),        // one VMM thread under ptrace
+    std::string_view("attach.created"),       // the VMM holds our uffd too
+    std::string_view("attach.detached"),      // ptrace off, uffd ours alone
+    std::string_view("snapshot.registered"),  // ranges registered, not armed
+    std::string_view("pause.before"),         // guard told, stop not yet sent
+    std::string_view("pause.stopped"),        // the VM stands still
+    std::string_view("pause.state_saved"),    // device state taken
+    std::string_view("pause.half_armed"),     // some ranges write-protected
+    std::string_view("pause.armed"),          // all are
+    std::string_view("pause.resumed"),        // the VM runs again
+    std::string_view("copy.first_fault"),     // one fault copied, not released
+    std::string_view("copy.half"),            // about half the pages copied
+    std::string_view("copy.done"),            // all copied, uffd closed
+    std::string_view("commit.written"),       // all bytes written, no fsync
+    std::string_view("commit.synced"),        // fsynced, not renamed
+    std::string_view("commit.renamed"),       // under its final name
+    std::string_view("restore.start"),        // image open, run directory made
+    std::string_view("restore.launched"),     // QEMU started, waiting
+    std::string_view("restore.registered"),   // its RAM is served by us
+    std::string_view("restore.loading"),      // device state on its way
+    std::string_view("restore.running"),      // the guest executes
+    std::string_view("restore.half"),         // about half the pages are there
+    std::string_view("restore.filled"),       // all are, uffd still held
+};
+
+// Aborts the build, not the program, if `name` is not in the list.
+#define VMSNAP_TEST_POINT(name)                                              \
+  do {                                                                       \
+    static_assert(::vmsnap::is_test_point(name), "not in test_point_names"); \
+    ::vmsnap::reach_test_point(name);                                        \
+  } while (false)
+
+constexpr bool is_test_point(std::string_view name) {
+  for (std::string_view known : test_point_names) {
+    if (known == name) return true;
+  }
+  return false;
+}
+
+void reach_test_point(std::string_view name);
+
+}  // namespace vmsnap
