@@ -1,0 +1,27 @@
+// One wording for everything that is found wrong in an image.
+#pragma once
+
+#include <string>
+#include <utility>
+
+#include "formats/error.h"
+
+namespace vmsnap {
+
+// ErrorCode::damaged, "NAME is damaged: what".
+template <class... Args>
+Error damage(const std::string& name, fmt::format_string<Args...> format, Args&&... args) {
+  const std::string what = fmt::format(format, std::forward<Args>(args)...);
+  return Error(ErrorCode::damaged, fmt::format("{} is damaged: {}", name, what))
+      .with_remedy(
+          "Use another copy of the image, if there is one; 'vmsnap verify' names every "
+          "page that is lost in this one.");
+}
+
+template <class... Args>
+tl::unexpected<Error> damaged(const std::string& name, fmt::format_string<Args...> format,
+                              Args&&... args) {
+  return tl::unexpected<Error>(damage(name, format, std::forward<Args>(args)...));
+}
+
+}  // namespace vmsnap

@@ -1,0 +1,62 @@
+// An image file that is open, with its header and trailer read and checked:
+// what the reader and verify share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "formats/error.h"
+#include "formats/file.h"
+#include "formats/frame_reader.h"
+#include "formats/image_info.h"
+#include "formats/image_layout.h"
+#include "formats/page_tree.h"
+
+namespace vmsnap {
+
+class ImageFile {
+ public:
+  // ErrorCode::damaged for what is not a whole image of ours,
+  // ErrorCode::unsupported for one that needs a newer vmsnap. Afterwards every
+  // section is inside the file and every length in the trailer in its bounds.
+  static Result<ImageFile> open(const std::string& path);
+
+  const std::string& path() const { return path_; }
+  int fd() const { return fd_.get(); }
+  const layout::Header& header() const { return header_; }
+  const layout::Trailer& trailer() const { return trailer_; }
+  uint64_t image_seed() const { return layout::image_seed(header_.id); }
+
+  // Where things are, for what reads them; borrows this object.
+  FrameSource frames() const;
+  PageTree::Shape tree_shape() const;
+
+  // nullptr if the image has none of this type.
+  const layout::Section* find_section(layout::SectionType type) const;
+
+  // Decompressed and checked; empty if there is none. Thread-safe, blocks.
+  Result<std::vector<std::byte>> read_section(layout::SectionType type) const;
+
+  // The metadata section; its id and page count agree with the trailer's.
+  Result<ImageInfo> read_info() const;
+
+ private:
+  ImageFile() = default;
+
+  Status read_header(uint64_t file_length);
+  Status read_trailer(uint64_t file_length);
+  Status check_trailer(uint64_t file_length) const;
+  Status check_sections() const;
+
+  Fd fd_;
+  std::string path_;
+  layout::Header header_ = {};
+  layout::Trailer trailer_ = {};
+};
+
+// 32 hexadecimal digits.
+std::string id_text(const layout::ImageId& id);
+
+}  // namespace vmsnap

@@ -1,0 +1,20 @@
+#include "formats/image_info.h"
+
+#include <algorithm>
+
+namespace vmsnap {
+
+uint64_t total_pages(const std::vector<Region>& regions) {
+  uint64_t pages = 0;
+  for (const Region& region : regions) pages += region.length / page_size;
+  return pages;
+}
+
+const Region* find_region(const std::vector<Region>& regions, uint64_t page) {
+  const auto after = std::ranges::upper_bound(regions, page, {}, &Region::first_page);
+  if (after == regions.begin()) return nullptr;
+  const Region& region = *(after - 1);
+  return page - region.first_page < region.length / page_size ? &region : nullptr;
+}
+
+}  // namespace vmsnap

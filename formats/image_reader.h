@@ -1,0 +1,68 @@
+// Reads one image (vmsnap-image(5)).
+//
+// Opening reads the header, the trailer and the metadata: its cost does not
+// depend on how much memory the image holds. Every structure is checked
+// against its checksum before it is parsed, every length bounded before it is
+// used. The file is read with pread(2), never mapped, so that a failing disk
+// or a file cut short is an error value and not a signal.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "formats/error.h"
+#include "formats/image_info.h"
+
+namespace vmsnap {
+
+enum class PageKind { zero, data };
+
+struct ImageSummary {
+  uint32_t format_version = 0;
+  uint64_t file_bytes = 0;
+  uint64_t page_count = 0;
+  uint64_t zero_pages = 0;
+  uint64_t duplicate_pages = 0;
+  uint64_t stored_pages = 0;
+  uint64_t device_state_bytes = 0;
+};
+
+class ImageReader {
+ public:
+  // ErrorCode::damaged for what is not a whole image of ours,
+  // ErrorCode::unsupported for a newer format version.
+  static Result<std::unique_ptr<ImageReader>> open(const std::string& path);
+  ~ImageReader();
+
+  const ImageInfo& info() const;
+  const ImageSummary& summary() const;
+  const std::string& path() const;
+  uint64_t page_count() const { return summary().page_count; }
+
+  // The bytes of one page; zeros for a zero page. Any number of threads at
+  // once. Blocks on the disk. ErrorCode::damaged when the page, or the table
+  // that leads to it, is not what its checksum says; `out` is then undefined.
+  Result<PageKind> read_page(uint64_t page, std::span<std::byte, page_size> out) const;
+
+  // Whether a page is zero, without reading its data. Thread-safe.
+  Result<PageKind> page_kind(uint64_t page) const;
+
+  // The first page >= `page` that is not zero, or page_count() if none is.
+  // Skips untouched gigabytes in O(tree blocks skipped). Thread-safe.
+  Result<uint64_t> next_data_page(uint64_t page) const;
+
+  // Device state as the VM gave it; empty for a process.
+  Result<std::vector<std::byte>> device_state() const;
+
+ private:
+  struct State;
+  explicit ImageReader(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace vmsnap

@@ -1,0 +1,171 @@
+#include "formats/metadata.h"
+
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "formats/damage.h"
+#include "formats/image_layout.h"
+
+namespace vmsnap {
+
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr uint64_t no_address = ~uint64_t{0};
+
+// Names reach terminals, in errors and lists: no C0 or C1 controls, no DEL.
+bool has_control_character(std::string_view utf8) {
+  for (size_t i = 0; i < utf8.size(); ++i) {
+    const auto byte = static_cast<unsigned char>(utf8[i]);
+    const bool c1 =
+        byte == 0xc2 && i + 1 < utf8.size() && static_cast<unsigned char>(utf8[i + 1]) < 0xa0;
+    if (byte < 0x20 || byte == 0x7f || c1) return true;
+  }
+  return false;
+}
+
+// Why `info` breaks a rule, or an empty string. Numbers regions' first pages.
+std::string number_regions(ImageInfo& info, uint64_t page_count) {
+  if (info.id.size() != 32 || info.id.find_first_not_of("0123456789abcdef") != std::string::npos) {
+    return "\"id\" is not 32 hexadecimal digits";
+  }
+  if (info.created_unix_ms < 0 || info.created_unix_ms > max_created_unix_ms) {
+    return "\"created_unix_ms\" is out of range";
+  }
+  if (!info.source.is_object()) return "\"source\" is not an object";
+  if (info.regions.size() > max_regions) return fmt::format("more than {} regions", max_regions);
+  uint64_t pages = 0;
+  for (Region& region : info.regions) {
+    if (region.name.size() > max_region_name) {
+      return fmt::format("a region's name is longer than {} bytes", max_region_name);
+    }
+    if (has_control_character(region.name)) return "a region's name has a control character";
+    if (region.length == 0 || region.length % page_size != 0) {
+      return "a region's length is not a multiple of 4096, or is 0";
+    }
+    region.first_page = pages;
+    pages += region.length / page_size;
+    if (pages > page_count) break;  // here, so that the sum cannot overflow
+  }
+  if (pages != page_count) return fmt::format("the regions do not add up to {} pages", page_count);
+  return {};
+}
+
+// The parser keeps its own stack, but values are copied, compared and written
+// recursively.
+bool nested_too_deep(std::string_view json) {
+  size_t depth = 0;
+  bool in_string = false;
+  for (size_t i = 0; i < json.size(); ++i) {
+    const char c = json[i];
+    if (in_string) {
+      if (c == '\\') ++i;
+      if (c == '"') in_string = false;
+    } else if (c == '"') {
+      in_string = true;
+    } else if (c == '[' || c == '{') {
+      if (++depth > max_metadata_nesting) return true;
+    } else if ((c == ']' || c == '}') && depth > 0) {
+      --depth;
+    }
+  }
+  return false;
+}
+
+const Json* member(const Json& object, const char* key) {
+  const auto found = object.find(key);
+  return found == object.end() ? nullptr : &*found;
+}
+
+bool read_text(const Json& object, const char* key, std::string& out) {
+  const Json* value = member(object, key);
+  if (!value || !value->is_string()) return false;
+  out = value->get_ref<const std::string&>();
+  return true;
+}
+
+bool read_unsigned(const Json& object, const char* key, uint64_t& out) {
+  const Json* value = member(object, key);
+  if (!value || !value->is_number_unsigned()) return false;
+  out = value->get<uint64_t>();
+  return true;
+}
+
+bool read_region(const Json& json, Region& region) {
+  if (!json.is_object() || !read_text(json, "name", region.name) ||
+      !read_unsigned(json, "length", region.length)) {
+    return false;
+  }
+  const Json* address = member(json, "address");
+  if (address && address->is_null()) {
+    region.address = no_address;
+    return true;
+  }
+  return read_unsigned(json, "address", region.address);
+}
+
+// Why the document is not what it must be, or an empty string.
+std::string read_document(Json& document, ImageInfo& info) {
+  if (!document.is_object()) return "it is not a JSON object";
+  if (!read_text(document, "id", info.id)) return "\"id\" is missing or not a string";
+  uint64_t created = 0;
+  if (!read_unsigned(document, "created_unix_ms", created) ||
+      created > static_cast<uint64_t>(max_created_unix_ms)) {
+    return "\"created_unix_ms\" is missing or out of range";
+  }
+  info.created_unix_ms = static_cast<int64_t>(created);
+  const Json* regions = member(document, "regions");
+  if (!regions || !regions->is_array()) return "\"regions\" is missing or not an array";
+  if (regions->size() > max_regions) return fmt::format("more than {} regions", max_regions);
+  for (const Json& json : *regions) {
+    if (!read_region(json, info.regions.emplace_back())) {
+      return "a region lacks a proper name, address or length";
+    }
+  }
+  const auto source = document.find("source");
+  if (source == document.end()) return "\"source\" is missing";
+  info.source = std::move(*source);
+  return {};
+}
+
+}  // namespace
+
+Result<std::string> encode_metadata(const ImageInfo& info, uint64_t page_count,
+                                    const std::string& name) {
+  Json regions = Json::array();
+  for (const Region& region : info.regions) {
+    regions.push_back({{"name", region.name},
+                       {"address", region.address == no_address ? Json() : Json(region.address)},
+                       {"length", region.length}});
+  }
+  const Json document = {{"id", info.id},
+                         {"created_unix_ms", info.created_unix_ms},
+                         {"regions", std::move(regions)},
+                         {"source", info.source}};
+  std::string json = document.dump(-1, ' ', false, Json::error_handler_t::replace);
+  const auto read_back = decode_metadata(std::as_bytes(std::span(json)), page_count, name);
+  if (!read_back) {
+    return fail(ErrorCode::io, "cannot write an image that could not be read: {}",
+                read_back.error().message());
+  }
+  return json;
+}
+
+Result<ImageInfo> decode_metadata(std::span<const std::byte> json, uint64_t page_count,
+                                  const std::string& name) {
+  const std::string_view text(reinterpret_cast<const char*>(json.data()), json.size());
+  if (text.size() > layout::max_metadata || nested_too_deep(text)) {
+    return damaged(name, "its metadata is more than 16 MiB, or nested too deep");
+  }
+  Json document = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (document.is_discarded()) return damaged(name, "its metadata is not JSON");
+  ImageInfo info;
+  std::string wrong = read_document(document, info);
+  if (wrong.empty()) wrong = number_regions(info, page_count);
+  if (!wrong.empty()) return damaged(name, "its metadata is invalid: {}", wrong);
+  return info;
+}
+
+}  // namespace vmsnap

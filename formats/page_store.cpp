@@ -1,0 +1,206 @@
+#include "formats/page_store.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <numeric>
+
+#include "formats/checksum.h"
+#include "formats/file.h"
+#include "formats/frame_reader.h"
+#include "formats/page_entry.h"
+
+namespace vmsnap {
+
+namespace {
+
+using Page = std::span<const std::byte, page_size>;
+
+constexpr size_t frame_room = layout::align_up(layout::max_frame_bytes(1), layout::frame_alignment);
+constexpr uint32_t zero_leader = UINT32_MAX;
+
+Page page_at(std::span<const std::byte> pages, size_t k) {
+  return Page(pages.data() + k * page_size, page_size);
+}
+
+bool same_bytes(Page a, Page b) { return std::memcmp(a.data(), b.data(), page_size) == 0; }
+
+// Its first word is zero, and every word equals the one before it.
+bool is_zero(Page page) {
+  constexpr size_t word = sizeof(uint64_t);
+  uint64_t first;
+  std::memcpy(&first, page.data(), word);
+  return first == 0 && std::memcmp(page.data(), page.data() + word, page_size - word) == 0;
+}
+
+}  // namespace
+
+// The claims of one batch. Whatever way the batch ends, none is left behind:
+// others may be waiting for it.
+class PageStore::Claims {
+ public:
+  Claims(HintTable& hints, HintTable::Owner owner) : hints_(hints), owner_(owner) {}
+  ~Claims() { publish({}); }
+  Claims(const Claims&) = delete;
+  Claims& operator=(const Claims&) = delete;
+
+  void add(uint64_t hash, uint32_t page) { claims_.emplace_back(hash, page); }
+
+  // entries[k] is the frame of page k; without entries, withdraws.
+  void publish(std::span<const uint64_t> entries) {
+    for (const auto& [hash, page] : claims_) {
+      hints_.publish(hash, owner_, entries.empty() ? 0 : entries[page]);
+    }
+    claims_.clear();
+  }
+
+ private:
+  HintTable& hints_;
+  const HintTable::Owner owner_;
+  std::vector<std::pair<uint64_t, uint32_t>> claims_;
+};
+
+PageStore::PageStore(int fd, std::string name, uint64_t image_seed, ImageWriterOptions options)
+    : fd_(fd),
+      name_(std::move(name)),
+      image_seed_(image_seed),
+      options_(std::move(options)),
+      end_(layout::frames_begin) {}
+
+Result<std::unique_ptr<PageStore>> PageStore::create(int fd, std::string name, uint64_t image_seed,
+                                                     ImageWriterOptions options) {
+  if (!options.hash) options.hash = [](auto bytes) { return checksum(bytes, 0); };
+  std::unique_ptr<PageStore> store(
+      new PageStore(fd, std::move(name), image_seed, std::move(options)));
+  store->hints_ = VMSNAP_TRY(HintTable::create(store->options_.hint_entries));
+  return store;
+}
+
+Result<PageCounts> PageStore::store(Scratch& scratch, std::span<const std::byte> pages,
+                                    std::span<uint64_t> entries) {
+  auto counts = store_batch(scratch, pages, entries);
+  if (!counts) failed_ = true;
+  return counts;
+}
+
+Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const std::byte> pages,
+                                          std::span<uint64_t> entries) {
+  const size_t count = entries.size();
+  scratch.hashes.resize(count);
+  scratch.leaders.resize(count);
+  scratch.by_hash.clear();
+  for (uint32_t k = 0; k < count; ++k) {
+    scratch.leaders[k] = zero_leader;
+    if (is_zero(page_at(pages, k))) continue;
+    scratch.hashes[k] = options_.hash(page_at(pages, k));
+    scratch.by_hash.emplace_back(scratch.hashes[k], k);
+  }
+  find_leaders(scratch, pages);
+
+  scratch.pending.clear();
+  for (uint32_t k = 0; k < count; ++k) {
+    if (scratch.leaders[k] == k) scratch.pending.push_back(k);
+  }
+  PageCounts counts = {.zero = count - scratch.by_hash.size()};
+  const HintTable::Owner owner = next_owner_.fetch_add(1, std::memory_order_relaxed);
+  Claims claims(*hints_, owner);
+  while (!scratch.pending.empty()) {
+    scratch.to_store.clear();
+    scratch.waiting.clear();
+    for (const uint32_t k : scratch.pending) {
+      const uint64_t hash = scratch.hashes[k];
+      switch (VMSNAP_TRY(look_up(hash, owner, page_at(pages, k), entries[k]))) {
+        case HintTable::Answer::compare: break;  // equal: entries[k] is set
+        case HintTable::Answer::wait: scratch.waiting.push_back(k); break;
+        case HintTable::Answer::claimed: claims.add(hash, k); [[fallthrough]];
+        case HintTable::Answer::unlisted: scratch.to_store.push_back(k); break;
+      }
+    }
+    VMSNAP_CHECK(write_frames(scratch, pages, entries));
+    counts.stored += scratch.to_store.size();
+    claims.publish(entries);
+    // Only now, with nobody left who could be waiting for us.
+    if (!scratch.waiting.empty()) hints_->wait(scratch.hashes[scratch.waiting.front()], owner);
+    std::swap(scratch.pending, scratch.waiting);
+  }
+
+  for (uint32_t k = 0; k < count; ++k) {
+    entries[k] = scratch.leaders[k] == zero_leader ? 0 : entries[scratch.leaders[k]];
+  }
+  counts.duplicate = count - counts.zero - counts.stored;
+  return counts;
+}
+
+void PageStore::find_leaders(Scratch& scratch, std::span<const std::byte> pages) const {
+  constexpr size_t max_compared = 8;  // different pages of one hash: an attack, or a test
+  std::ranges::sort(scratch.by_hash);
+  std::array<uint32_t, max_compared> leaders;
+  size_t leader_count = 0;
+  for (size_t i = 0; i < scratch.by_hash.size(); ++i) {
+    const auto [hash, k] = scratch.by_hash[i];
+    if (i == 0 || hash != scratch.by_hash[i - 1].first) leader_count = 0;
+    const auto end = leaders.begin() + leader_count;
+    const auto found = std::find_if(leaders.begin(), end, [&](uint32_t leader) {
+      return same_bytes(page_at(pages, leader), page_at(pages, k));
+    });
+    scratch.leaders[k] = found != end ? *found : k;
+    if (found == end && leader_count < max_compared) leaders[leader_count++] = k;
+  }
+}
+
+// As HintTable::ask(), but `compare` means: compared, equal, `entry` is set.
+Result<HintTable::Answer> PageStore::look_up(uint64_t hash, HintTable::Owner owner, Page page,
+                                             uint64_t& entry) {
+  std::array<std::byte, page_size> stored;
+  std::vector<uint64_t> rejected;
+  for (;;) {
+    uint64_t candidate = 0;
+    const HintTable::Answer answer = hints_->ask(hash, owner, rejected, candidate);
+    if (answer != HintTable::Answer::compare) return answer;
+    const FrameSource source = {fd_, name_, image_seed_, end_.load(std::memory_order_relaxed)};
+    VMSNAP_CHECK(read_stored_page(source, candidate, stored));
+    if (same_bytes(page, stored)) {
+      entry = candidate;
+      return answer;
+    }
+    rejected.push_back(candidate);
+  }
+}
+
+Status PageStore::write_frames(Scratch& scratch, std::span<const std::byte> pages,
+                               std::span<uint64_t> entries) {
+  if (scratch.to_store.empty()) return {};
+  scratch.frames.resize(max_batch * frame_room);
+  scratch.encoder.set_level(options_.compression_level);
+  const std::span<std::byte> frames(scratch.frames);
+  uint64_t used = 0;
+  for (const uint32_t k : scratch.to_store) {
+    entries[k] = used;  // until the place of the batch is known
+    used += scratch.encoder.encode(page_at(pages, k), frames.subspan(used));
+  }
+
+  const uint64_t base = end_.fetch_add(used, std::memory_order_relaxed);
+  if (base + used > layout::max_file_length) {
+    return fail_errno(EFBIG, "cannot write {}: an image ends at 8 TiB", name_);
+  }
+  for (const uint32_t k : scratch.to_store) {
+    const uint64_t start = entries[k];
+    const PageEntry entry = {.offset = base + start};
+    scratch.encoder.seal(frames.subspan(start), layout::seed_at(image_seed_, entry.offset));
+    entries[k] = entry.pack_bits();
+  }
+  return write_all_at(fd_, frames.first(used), base, name_);
+}
+
+Result<uint64_t> PageStore::close() {
+  if (failed_) return fail(ErrorCode::io, "{} is incomplete: an earlier write failed", name_);
+  const uint64_t offset = end_;
+  layout::FrameHeader mark = {};
+  mark.codec = layout::codec_end;
+  const auto bytes = std::as_writable_bytes(std::span(&mark, 1));
+  FrameEncoder().seal(bytes, layout::seed_at(image_seed_, offset));
+  VMSNAP_CHECK(write_all_at(fd_, bytes, offset, name_));
+  return offset + sizeof mark;
+}
+
+}  // namespace vmsnap
