@@ -1,0 +1,48 @@
+#include "snap/vmm/device_state.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+namespace vmsnap {
+
+namespace {
+constexpr off_t max_state_bytes = 256 << 20;
+}
+
+Result<DeviceStateTarget> DeviceStateTarget::prepare(Qmp& qmp) {
+  DeviceStateTarget target;
+  target.memory_ = Fd(::memfd_create("vmsnap-device-state", MFD_CLOEXEC));
+  if (!target.memory_) return fail_errno(errno, "cannot make a memory file");
+  // QEMU takes a descriptor of a set only if its access mode is the one it
+  // opens with: write only.
+  const Fd writable =
+      VMSNAP_TRY(open_file(fmt::format("/proc/self/fd/{}", target.memory_.get()), O_WRONLY));
+  const auto answer = VMSNAP_TRY(qmp.execute("add-fd", {{"opaque", "vmsnap"}}, {writable.get()}));
+  if (!answer.is_object() || !answer.contains("fdset-id") ||
+      !answer["fdset-id"].is_number_integer()) {
+    return fail(ErrorCode::vm, "QMP socket {}: add-fd gave no set", qmp.socket_path());
+  }
+  target.set_ = answer["fdset-id"].get<int64_t>();
+  return target;
+}
+
+Result<std::vector<std::byte>> DeviceStateTarget::save(Qmp& qmp) {
+  VMSNAP_TRY(qmp.execute("xen-save-devices-state",
+                         {{"filename", fmt::format("/dev/fdset/{}", set_)}, {"live", false}}));
+  struct stat about = {};
+  if (::fstat(memory_.get(), &about) < 0) return fail_errno(errno, "cannot read the device state");
+  if (about.st_size <= 0 || about.st_size > max_state_bytes) {
+    return fail(ErrorCode::vm, "QEMU wrote {} bytes of device state", about.st_size);
+  }
+  std::vector<std::byte> state(static_cast<size_t>(about.st_size));
+  VMSNAP_CHECK(read_exact_at(memory_.get(), state, 0, "the device state"));
+  return state;
+}
+
+Status DeviceStateTarget::release(Qmp& qmp) {
+  VMSNAP_TRY(qmp.execute("remove-fd", {{"fdset-id", set_}}));
+  return {};
+}
+
+}  // namespace vmsnap

@@ -1,0 +1,56 @@
+// The memory to capture or to serve, cut into pieces that the kernel treats
+// alike.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "formats/error.h"
+#include "formats/file.h"
+#include "formats/image_info.h"
+#include "snap/vmm/memory_map.h"
+#include "snap/vmm/process.h"
+
+namespace vmsnap {
+
+// A named range of a process: one RAM block of a VM, one --range of a process.
+struct MemoryBlock {
+  std::string name;
+  RemoteRange range;
+  uint64_t address = 0;     // as in Region: what the image and its export say
+  uint64_t first_page = 0;  // page number in the image of its first page
+};
+
+// Part of a block with one backing and one page size.
+struct MemoryPiece {
+  RemoteRange range;
+  uint64_t first_page = 0;  // page number in the image of its first page
+  Backing backing = Backing::other;
+  uint64_t unit_bytes = 4096;  // what is protected and copied as a whole: its page size
+  uint64_t file_offset = 0;
+  std::shared_ptr<Fd> file;    // shared backings: what is behind, open for reading
+
+  bool shared() const {
+    return backing == Backing::shared_memory || backing == Backing::hugetlb_shared;
+  }
+  uint64_t unit_count() const { return range.length / unit_bytes; }
+};
+
+struct GuestMemory {
+  std::vector<MemoryBlock> blocks;
+  std::vector<MemoryPiece> pieces;  // in page-number order
+  bool mergeable = false;           // KSM may merge some of it
+
+  uint64_t page_count() const;
+  std::vector<Region> regions() const;  // as an image records them
+};
+
+// Numbers the pages of `blocks` through (first_page is set here) and looks up
+// what is behind them. ErrorCode::refused, naming block and reason, for memory
+// that cannot be watched: a disk file, a device, a range that somebody else's
+// userfaultfd holds, a piece of a huge page, a hole. Touches nothing.
+Result<GuestMemory> map_guest_memory(const Process& process, std::vector<MemoryBlock> blocks);
+
+}  // namespace vmsnap

@@ -1,0 +1,149 @@
+#include "snap/vmm/preflight.h"
+
+#include <linux/kcmp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <charconv>
+#include <filesystem>
+#include <set>
+
+namespace vmsnap {
+
+using Json = nlohmann::json;
+namespace fs = std::filesystem;
+
+namespace {
+
+tl::unexpected<Error> refuse(std::string why, std::string remedy) {
+  return tl::unexpected(Error(ErrorCode::refused, std::move(why)).with_remedy(std::move(remedy)));
+}
+
+std::string text_of(const Json& object, const char* key) {
+  const auto found = object.find(key);
+  return found != object.end() && found->is_string() ? found->get<std::string>() : std::string();
+}
+
+}  // namespace
+
+Result<GuestState> check_guest_state(Qmp& qmp) {
+  const Json answer = VMSNAP_TRY(qmp.execute("query-status"));
+  const std::string status = answer.is_object() ? text_of(answer, "status") : "";
+  if (status == "running") return GuestState{.running = true};
+  if (status == "paused") return GuestState{.running = false};
+  return refuse(fmt::format("the VM behind {} is in state '{}', which cannot be snapshotted",
+                            qmp.socket_path(), status),
+                "Bring it to 'running' or 'paused' first.");
+}
+
+Status check_migration(Qmp& qmp) {
+  const Json answer = VMSNAP_TRY(qmp.execute("query-migrate"));
+  if (!answer.is_object()) return fail(ErrorCode::vm, "query-migrate gave no object");
+  const std::string status = text_of(answer, "status");
+  static const std::set<std::string> idle = {"", "none", "completed", "failed", "cancelled"};
+  if (!idle.contains(status)) {
+    return refuse(fmt::format("a migration is under way (status '{}')", status),
+                  "Wait for it to end or cancel it.");
+  }
+  const auto blockers = answer.find("blocked-reasons");
+  if (blockers != answer.end() && blockers->is_array() && !blockers->empty()) {
+    std::string reasons;
+    for (const Json& reason : *blockers) {
+      if (!reason.is_string()) continue;
+      if (!reasons.empty()) reasons += "; ";
+      reasons += reason.get<std::string>();
+    }
+    return refuse("QEMU cannot save the state of this VM: " + reasons,
+                  "Remove the device or option it names, then try again.");
+  }
+  return {};
+}
+
+Result<std::vector<std::string>> writable_disks(Qmp& qmp) {
+  const Json answer = VMSNAP_TRY(qmp.execute("query-block"));
+  if (!answer.is_array()) return fail(ErrorCode::vm, "query-block gave no list");
+  std::vector<std::string> names;
+  for (const Json& device : answer) {
+    const auto inserted = device.find("inserted");
+    if (inserted == device.end() || !inserted->is_object() || inserted->value("ro", false)) continue;
+    std::string name = text_of(device, "device");
+    if (name.empty()) name = text_of(device, "qdev");
+    if (name.empty()) name = text_of(*inserted, "node-name");
+    names.push_back(fmt::format("{} ({})", name, text_of(*inserted, "file")));
+  }
+  return names;
+}
+
+Status check_not_pinned(const Process& process) {
+  const std::string remedy =
+      "Devices and the kernel write through pinned memory unseen. Detach VFIO devices and "
+      "registered io_uring or RDMA buffers before the snapshot.";
+  for (const auto& [number, target] : VMSNAP_TRY(process.descriptors())) {
+    if (target.starts_with("/dev/vfio/") || target.starts_with("anon_inode:[vfio") ||
+        target == "/dev/iommu") {
+      return refuse(fmt::format("{} uses VFIO (descriptor {} is {})", process.describe(), number, target),
+                    remedy);
+    }
+  }
+  const std::string pinned = VMSNAP_TRY(process.status_field("VmPin"));
+  uint64_t kib = 0;
+  std::from_chars(pinned.data(), pinned.data() + pinned.size(), kib);
+  if (kib > 0) return refuse(fmt::format("{} has {} KiB of memory pinned", process.describe(), kib), remedy);
+  return {};
+}
+
+namespace {
+
+// One file, as /proc/PID/maps names it.
+using FileKey = std::pair<uint64_t, uint64_t>;  // device, inode
+
+Result<std::set<FileKey>> shared_files(const Process& process, const GuestMemory& memory) {
+  std::set<FileKey> files;
+  const auto mappings = VMSNAP_TRY(read_memory_map_quick(process));
+  for (const MemoryPiece& piece : memory.pieces) {
+    if (!piece.shared() && piece.backing != Backing::private_of_file) continue;
+    for (const Mapping& part : VMSNAP_TRY(mappings_of(mappings, piece.range))) {
+      files.emplace(part.device, part.inode);
+    }
+  }
+  return files;
+}
+
+bool shares_address_space(pid_t a, pid_t b) {
+  return ::syscall(SYS_kcmp, a, b, KCMP_VM, 0, 0) == 0;
+}
+
+}  // namespace
+
+Status check_not_shared(const Process& process, const GuestMemory& memory) {
+  const std::set<FileKey> files = VMSNAP_TRY(shared_files(process, memory));
+  std::error_code failed;
+  for (const auto& entry : fs::directory_iterator("/proc", failed)) {
+    const std::string name = entry.path().filename().string();
+    pid_t pid = 0;
+    if (std::from_chars(name.data(), name.data() + name.size(), pid).ec != std::errc()) continue;
+    if (pid == process.pid()) continue;
+    const auto other = Process::open(pid);
+    if (!other) continue;  // it has just ended
+    if (shares_address_space(process.pid(), pid)) {
+      return refuse(fmt::format("{} runs in the memory of {} too", other->describe(), process.describe()),
+                    "Its threads cannot be paused with the others: stop it first.");
+    }
+    if (files.empty()) continue;
+    const auto mappings = read_memory_map_quick(*other);
+    if (!mappings) continue;
+    for (const Mapping& mapping : *mappings) {
+      if (!mapping.shared || !mapping.writable || !files.contains({mapping.device, mapping.inode})) {
+        continue;
+      }
+      return refuse(fmt::format("{} has the memory of {} mapped writable too ({})", other->describe(),
+                                process.describe(), mapping.path),
+                    "What it writes cannot be seen from here. Detach it (vhost-user, virtiofsd, "
+                    "DPDK), or stop it first.");
+    }
+  }
+  if (failed) return fail_errno(failed.value(), "cannot list /proc");
+  return {};
+}
+
+}  // namespace vmsnap

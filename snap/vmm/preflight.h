@@ -1,0 +1,40 @@
+// What is looked at before a VM or process is touched, so that nothing is
+// captured that would come out wrong.
+//
+// Each check returns ErrorCode::refused with the reason and the remedy. They
+// only read: /proc and query commands of the monitor.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "formats/error.h"
+#include "snap/vmm/guest_memory.h"
+#include "snap/vmm/process.h"
+#include "snap/vmm/qmp.h"
+
+namespace vmsnap {
+
+// "running" or "paused" as query-status says; every other state is refused.
+struct GuestState {
+  bool running = true;
+};
+Result<GuestState> check_guest_state(Qmp& qmp);
+
+// No migration under way, and none of the blockers that QEMU reports.
+Status check_migration(Qmp& qmp);
+
+// Names of devices with a writable disk in them (query-block).
+Result<std::vector<std::string>> writable_disks(Qmp& qmp);
+
+// Memory pinned for devices or the kernel: VFIO, RDMA, registered io_uring
+// buffers. Writes through it raise no fault.
+Status check_not_pinned(const Process& process);
+
+// Shared memory that another process has mapped writable (vhost-user,
+// virtiofsd, DPDK), or a private address space that another process shares
+// (CLONE_VM): its writes would not be seen. Looks at every process that /proc
+// shows.
+Status check_not_shared(const Process& process, const GuestMemory& memory);
+
+}  // namespace vmsnap

@@ -1,0 +1,182 @@
+#include "snap/vmm/process.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <filesystem>
+
+namespace vmsnap {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+Result<std::string> read_link(const std::string& path) {
+  std::error_code failed;
+  const fs::path target = fs::read_symlink(path, failed);
+  if (failed) return fail_errno(failed.value(), "cannot read {}", path);
+  return target.string();
+}
+
+// Field 22 of /proc/PID/stat. The name in field 2 may hold spaces and
+// parentheses; what follows its last ')' starts with field 3.
+Result<uint64_t> read_start_time(pid_t pid) {
+  const std::string stat = VMSNAP_TRY(read_small_file(fmt::format("/proc/{}/stat", pid)));
+  size_t at = stat.rfind(')');
+  for (int field = 2; field < 22 && at != std::string::npos; ++field) at = stat.find(' ', at + 1);
+  uint64_t ticks = 0;
+  if (at == std::string::npos ||
+      std::from_chars(stat.data() + at + 1, stat.data() + stat.size(), ticks).ec != std::errc()) {
+    return fail(ErrorCode::vm, "cannot read the start time of process {}", pid);
+  }
+  return ticks;
+}
+
+// The names of a /proc directory that are numbers.
+Result<std::vector<int>> numbered_entries(const std::string& directory) {
+  std::vector<int> numbers;
+  std::error_code failed;
+  for (fs::directory_iterator it(directory, failed), end; !failed && it != end;
+       it.increment(failed)) {
+    const std::string name = it->path().filename().string();
+    int number = 0;
+    const auto parsed = std::from_chars(name.data(), name.data() + name.size(), number);
+    if (parsed.ec == std::errc() && parsed.ptr == name.data() + name.size()) {
+      numbers.push_back(number);
+    }
+  }
+  if (failed) return fail_errno(failed.value(), "cannot list {}", directory);
+  return numbers;
+}
+
+}  // namespace
+
+Result<Process> Process::open(pid_t pid) {
+  Process process;
+  process.pid_ = pid;
+  const int fd = static_cast<int>(::syscall(SYS_pidfd_open, pid, 0));
+  if (fd < 0) {
+    return tl::unexpected(
+        Error::from_errno(errno, fmt::format("cannot open process {}", pid), ErrorCode::vm));
+  }
+  process.pidfd_ = Fd(fd);
+  process.start_time_ = VMSNAP_TRY(read_start_time(pid));
+  // The pidfd was there first: if the process lives now, the start time is its own.
+  if (!process.alive()) return fail(ErrorCode::vm, "process {} has ended", pid);
+  return process;
+}
+
+bool Process::alive() const {
+  pollfd exited = {pidfd_.get(), POLLIN, 0};
+  return ::poll(&exited, 1, 0) == 0;
+}
+
+std::string Process::describe() const {
+  auto name = read_small_file(fmt::format("/proc/{}/comm", pid_));
+  if (!name) return fmt::format("process {}", pid_);
+  while (!name->empty() && name->back() == '\n') name->pop_back();
+  return fmt::format("{} (pid {})", *name, pid_);
+}
+
+Result<std::string> Process::executable() const {
+  return read_link(fmt::format("/proc/{}/exe", pid_));
+}
+
+Result<std::vector<std::string>> Process::arguments() const {
+  const std::string line = VMSNAP_TRY(read_small_file(fmt::format("/proc/{}/cmdline", pid_)));
+  std::vector<std::string> arguments;
+  for (size_t start = 0; start < line.size();) {
+    const size_t end = std::min(line.find('\0', start), line.size());
+    arguments.push_back(line.substr(start, end - start));
+    start = end + 1;
+  }
+  return arguments;
+}
+
+Result<std::string> Process::working_directory() const {
+  return read_link(fmt::format("/proc/{}/cwd", pid_));
+}
+
+Result<std::string> Process::status_field(std::string_view name) const {
+  const std::string status = VMSNAP_TRY(read_small_file(fmt::format("/proc/{}/status", pid_)));
+  const std::string key = fmt::format("\n{}:", name);
+  const size_t at = status.find(key);
+  if (at == std::string::npos) return std::string();
+  const size_t start = status.find_first_not_of(" \t", at + key.size());
+  return status.substr(start, status.find('\n', start) - start);
+}
+
+Result<std::vector<pid_t>> Process::threads() const {
+  return numbered_entries(fmt::format("/proc/{}/task", pid_));
+}
+
+Result<std::vector<std::pair<int, std::string>>> Process::descriptors() const {
+  const std::string directory = fmt::format("/proc/{}/fd", pid_);
+  std::vector<std::pair<int, std::string>> found;
+  for (const int number : VMSNAP_TRY(numbered_entries(directory))) {
+    // One that was closed since the listing is no longer of interest.
+    if (auto target = read_link(fmt::format("{}/{}", directory, number))) {
+      found.emplace_back(number, *std::move(target));
+    }
+  }
+  return found;
+}
+
+namespace {
+
+template <class Call>
+Status transfer(const Process& process, const char* verb, RemotePtr at, size_t length, Call call) {
+  size_t done = 0;
+  while (done < length) {
+    const ssize_t moved = call(done);
+    if (moved > 0) {
+      done += static_cast<size_t>(moved);
+      continue;
+    }
+    if (moved < 0 && errno == EINTR) continue;
+    const int why = moved < 0 ? errno : EFAULT;
+    return tl::unexpected(Error::from_errno(
+        why,
+        fmt::format("cannot {} memory of {} at {:#x}", verb, process.describe(), at.address() + done),
+        ErrorCode::vm));
+  }
+  return {};
+}
+
+void* as_pointer(RemotePtr at) { return reinterpret_cast<void*>(at.address()); }
+
+}  // namespace
+
+Status Process::read(RemotePtr from, std::span<std::byte> to) const {
+  return transfer(*this, "read", from, to.size(), [&](size_t done) {
+    const iovec local = {to.data() + done, to.size() - done};
+    const iovec remote = {as_pointer(from + done), to.size() - done};
+    return ::process_vm_readv(pid_, &local, 1, &remote, 1, 0);
+  });
+}
+
+Status Process::write(RemotePtr to, std::span<const std::byte> from) const {
+  return transfer(*this, "write", to, from.size(), [&](size_t done) {
+    const iovec local = {const_cast<std::byte*>(from.data()) + done, from.size() - done};
+    const iovec remote = {as_pointer(to + done), from.size() - done};
+    return ::process_vm_writev(pid_, &local, 1, &remote, 1, 0);
+  });
+}
+
+Result<Fd> Process::take_descriptor(int remote_fd) const {
+  const int fd = static_cast<int>(::syscall(SYS_pidfd_getfd, pidfd_.get(), remote_fd, 0));
+  if (fd >= 0) return Fd(fd);
+  const ErrorCode code = errno == EPERM ? ErrorCode::privilege : ErrorCode::vm;
+  return tl::unexpected(
+      Error::from_errno(errno, "cannot take a descriptor out of " + describe(), code)
+          .with_remedy("Taking descriptors needs CAP_SYS_PTRACE: run vmsnap as root."));
+}
+
+}  // namespace vmsnap

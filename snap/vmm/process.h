@@ -1,0 +1,61 @@
+// A process that is not ours, held so that its number cannot come to mean
+// another one.
+//
+// Every call says ErrorCode::vm when the process is gone. Safe from any thread.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "formats/error.h"
+#include "formats/file.h"
+#include "snap/vmm/remote_ptr.h"
+
+namespace vmsnap {
+
+class Process {
+ public:
+  // pidfd_open(2). Blocks nothing, touches nothing.
+  static Result<Process> open(pid_t pid);
+
+  pid_t pid() const { return pid_; }
+  int pidfd() const { return pidfd_.get(); }
+  bool alive() const;
+  // Clock ticks since boot at which it started, field 22 of proc(5) stat: with
+  // the pid, names one process across restarts of ours.
+  uint64_t start_time() const { return start_time_; }
+
+  // "name (pid N)", for messages.
+  std::string describe() const;
+
+  Result<std::string> executable() const;                // /proc/PID/exe
+  Result<std::vector<std::string>> arguments() const;    // /proc/PID/cmdline
+  Result<std::string> working_directory() const;         // /proc/PID/cwd
+  // Value of "Name:" in /proc/PID/status, trimmed; empty if it is not there.
+  Result<std::string> status_field(std::string_view name) const;
+  // Thread numbers at this moment.
+  Result<std::vector<pid_t>> threads() const;
+  // What each of its descriptors is open on: (number, link text).
+  Result<std::vector<std::pair<int, std::string>>> descriptors() const;
+
+  // Copies memory of the process (process_vm_readv/writev, whole length or an
+  // error). Reading may fault pages in, and waits where a userfaultfd makes it
+  // wait.
+  Status read(RemotePtr from, std::span<std::byte> to) const;
+  Status write(RemotePtr to, std::span<const std::byte> from) const;
+
+  // A duplicate of its descriptor `remote_fd` (pidfd_getfd(2)).
+  Result<Fd> take_descriptor(int remote_fd) const;
+
+ private:
+  pid_t pid_ = 0;
+  uint64_t start_time_ = 0;
+  Fd pidfd_;
+};
+
+}  // namespace vmsnap

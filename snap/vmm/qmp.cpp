@@ -1,0 +1,186 @@
+#include "snap/vmm/qmp.h"
+
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+namespace vmsnap {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using Json = nlohmann::json;
+
+constexpr size_t max_reply = 16 << 20;
+constexpr size_t max_descriptors = 8;
+
+tl::unexpected<Error> bad(const std::string& path, std::string what, std::string remedy) {
+  return tl::unexpected(Error(ErrorCode::vm, fmt::format("QMP socket {}: {}", path, what))
+                            .with_remedy(std::move(remedy)));
+}
+
+// True when readable before the deadline.
+Result<bool> wait_readable(int fd, Clock::time_point deadline) {
+  for (;;) {
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now()).count();
+    if (left <= 0) return false;
+    pollfd poller = {fd, POLLIN, 0};
+    const int ready = ::poll(&poller, 1, static_cast<int>(std::min<int64_t>(left, 1 << 30)));
+    if (ready > 0) return true;
+    if (ready < 0 && errno != EINTR) return fail_errno(errno, "poll failed");
+  }
+}
+
+// One sendmsg, so that a command is never sent by halves: what a successor on
+// the same socket writes then starts a new command.
+Status send_line(int fd, const std::string& path, const std::string& line,
+                 const std::vector<int>& descriptors) {
+  iovec bytes = {const_cast<char*>(line.data()), line.size()};
+  alignas(cmsghdr) char control[CMSG_SPACE(max_descriptors * sizeof(int))] = {};
+  msghdr message = {};
+  message.msg_iov = &bytes;
+  message.msg_iovlen = 1;
+  if (!descriptors.empty()) {
+    const size_t size = std::min(descriptors.size(), max_descriptors) * sizeof(int);
+    message.msg_control = control;
+    message.msg_controllen = CMSG_SPACE(size);
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(size);
+    std::memcpy(CMSG_DATA(header), descriptors.data(), size);
+  }
+  ssize_t sent;
+  do {
+    sent = ::sendmsg(fd, &message, MSG_NOSIGNAL);
+  } while (sent < 0 && errno == EINTR);
+  if (sent < 0) {
+    return tl::unexpected(
+        Error::from_errno(errno, fmt::format("QMP socket {}: cannot send", path), ErrorCode::vm));
+  }
+  if (static_cast<size_t>(sent) != line.size()) {
+    return bad(path, "the VM does not read its monitor", "See whether the VM hangs.");
+  }
+  return {};
+}
+
+}  // namespace
+
+Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::milliseconds limit) {
+  Qmp qmp;
+  qmp.path_ = socket_path;
+  qmp.limit_ = limit;
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  if (socket_path.size() >= sizeof address.sun_path) {
+    return fail(ErrorCode::usage, "socket path {} is longer than {} bytes", socket_path,
+                sizeof address.sun_path - 1);
+  }
+  std::memcpy(address.sun_path, socket_path.c_str(), socket_path.size());
+  qmp.fd_ = Fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  if (!qmp.fd_) return fail_errno(errno, "cannot make a socket");
+  if (::connect(qmp.fd(), reinterpret_cast<sockaddr*>(&address), sizeof address) < 0) {
+    return tl::unexpected(
+        Error::from_errno(errno, fmt::format("cannot connect to QMP socket {}", socket_path),
+                          ErrorCode::vm)
+            .with_remedy("Start the VM with -qmp unix:PATH,server=on,wait=off and give that PATH."));
+  }
+  // A monitor talks to one client at a time; the greeting of a second one
+  // waits until the first has gone.
+  auto greeting = qmp.read_message(Clock::now() + limit);
+  if (!greeting) {
+    return tl::unexpected(std::move(greeting).error().with_remedy(
+        "Another program may hold this monitor (libvirt does): give the VM a second -qmp socket."));
+  }
+  if (!greeting->contains("QMP")) {
+    return bad(socket_path, "the other end does not speak QMP",
+               "Give the path of a -qmp socket, not of a -monitor or -serial one.");
+  }
+  VMSNAP_TRY(qmp.execute("qmp_capabilities"));
+  return qmp;
+}
+
+Result<pid_t> Qmp::peer_pid() const {
+  ucred peer = {};
+  socklen_t size = sizeof peer;
+  if (::getsockopt(fd(), SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0) {
+    return fail_errno(errno, "cannot tell who is behind QMP socket {}", path_);
+  }
+  if (peer.pid <= 0) {
+    return bad(path_, "the process behind it is not visible from here",
+               "Run vmsnap in the same PID namespace as the VM.");
+  }
+  return peer.pid;
+}
+
+Result<Json> Qmp::read_message(Clock::time_point deadline) {
+  for (;;) {
+    const size_t end = received_.find('\n');
+    if (end != std::string::npos) {
+      const std::string line = received_.substr(0, end);
+      received_.erase(0, end + 1);
+      if (line.find_first_not_of(" \r\t") == std::string::npos) continue;
+      Json message = Json::parse(line, nullptr, /*allow_exceptions=*/false);
+      if (!message.is_object()) {
+        return bad(path_, "the answer is not QMP", "Give the path of a -qmp socket.");
+      }
+      return message;
+    }
+    if (received_.size() > max_reply) {
+      return bad(path_, "the answer has no end", "Give the path of a -qmp socket.");
+    }
+    if (!VMSNAP_TRY(wait_readable(fd(), deadline))) {
+      return bad(path_, "no answer in time", "See whether the VM hangs.");
+    }
+    char buffer[65536];
+    const ssize_t got = ::recv(fd(), buffer, sizeof buffer, 0);
+    if (got < 0 && (errno == EINTR || errno == EAGAIN)) continue;
+    if (got <= 0) return bad(path_, "the VM closed the connection", "See whether the VM has ended.");
+    received_.append(buffer, static_cast<size_t>(got));
+  }
+}
+
+Result<Json> Qmp::execute(const std::string& command, Json arguments, std::vector<int> descriptors) {
+  // The id tells an answer from a late one to an earlier command.
+  const uint64_t id = ++last_id_;
+  Json request = {{"execute", command}, {"id", id}};
+  if (!arguments.empty()) request["arguments"] = std::move(arguments);
+  VMSNAP_CHECK(send_line(fd(), path_, request.dump() + "\n", descriptors));
+  const auto deadline = Clock::now() + limit_;
+  for (;;) {
+    Json message = VMSNAP_TRY(read_message(deadline));
+    if (message.contains("event") && message["event"].is_string()) {
+      if (events_.size() < 1024) events_.push_back(message["event"].get<std::string>());
+      continue;
+    }
+    if (message.value("id", Json()) != id) {
+      if (message.contains("id") || message.contains("return")) continue;
+    }
+    if (message.contains("return")) return std::move(message["return"]);
+    if (message.contains("error") && message["error"].is_object()) {
+      return bad(path_,
+                 fmt::format("{} failed: {}", command,
+                             message["error"].value("desc", std::string("no description"))),
+                 "");
+    }
+    return bad(path_, "the answer is not QMP", "Give the path of a -qmp socket.");
+  }
+}
+
+Result<std::string> Qmp::human(const std::string& command_line) {
+  const Json answer =
+      VMSNAP_TRY(execute("human-monitor-command", {{"command-line", command_line}}));
+  if (!answer.is_string()) return bad(path_, "'" + command_line + "' gave no text", "");
+  // The human monitor ends its lines as a terminal wants them, with CR LF.
+  std::string text = answer.get<std::string>();
+  std::erase(text, '\r');
+  return text;
+}
+
+std::vector<std::string> Qmp::take_events() { return std::exchange(events_, {}); }
+
+}  // namespace vmsnap

@@ -1,0 +1,59 @@
+// A client of QEMU's machine protocol (QMP) over a Unix socket.
+//
+// One thread at a time. Every call has a time limit; a VM that stalls, closes
+// or answers something else than QMP is ErrorCode::vm, never a hang and never
+// an abort. Replies are bounded (16 MiB).
+//
+// Source: docs/interop/qmp-spec.rst of QEMU.
+#pragma once
+
+#include <sys/types.h>
+
+#include <chrono>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "formats/error.h"
+#include "formats/file.h"
+
+namespace vmsnap {
+
+class Qmp {
+ public:
+  // Connects, reads the greeting, leaves negotiation mode.
+  static Result<Qmp> connect(const std::string& socket_path,
+                             std::chrono::milliseconds limit = std::chrono::seconds(10));
+
+  const std::string& socket_path() const { return path_; }
+  int fd() const { return fd_.get(); }
+  // The process at the other end (SO_PEERCRED): who called listen(2), which
+  // is QEMU unless somebody passed it the socket.
+  Result<pid_t> peer_pid() const;
+
+  // Runs a command and returns its "return" value. A QMP error answer is
+  // ErrorCode::vm with its description. Descriptors are passed along
+  // (SCM_RIGHTS), as getfd and add-fd want it.
+  Result<nlohmann::json> execute(const std::string& command,
+                                 nlohmann::json arguments = nlohmann::json::object(),
+                                 std::vector<int> descriptors = {});
+  // human-monitor-command: its text.
+  Result<std::string> human(const std::string& command_line);
+
+  void set_limit(std::chrono::milliseconds limit) { limit_ = limit; }
+  // Names of events seen since the last call, in order.
+  std::vector<std::string> take_events();
+  void close() { fd_.reset(); }
+
+ private:
+  Result<nlohmann::json> read_message(std::chrono::steady_clock::time_point deadline);
+
+  Fd fd_;
+  std::string path_;
+  std::string received_;  // bytes after the last whole line
+  std::vector<std::string> events_;
+  std::chrono::milliseconds limit_{10000};
+  uint64_t last_id_ = 0;
+};
+
+}  // namespace vmsnap

@@ -1,0 +1,216 @@
+#include "snap/vmm/uffd.h"
+
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+
+namespace vmsnap {
+
+namespace {
+
+// UFFDIO_POISON (Linux 6.6) is newer than Debian 12's kernel header.
+struct PoisonArgument {
+  uffdio_range range;
+  uint64_t mode;
+  int64_t updated;
+};
+constexpr unsigned long uffdio_poison = _IOWR(UFFDIO, 0x08, PoisonArgument);
+
+uffdio_range raw(RemoteRange range) { return {range.start.address(), range.length}; }
+
+Error ioctl_error(const char* what, RemoteRange range, int os_errno) {
+  const ErrorCode code = os_errno == ESRCH ? ErrorCode::vm : ErrorCode::io;
+  return Error::from_errno(os_errno,
+                           fmt::format("{} failed at {:#x} (+{:#x})", what,
+                                       range.start.address(), range.length),
+                           code);
+}
+
+std::string feature_names(uint64_t features) {
+  struct Name {
+    uint64_t bit;
+    const char* text;
+  };
+  static constexpr std::array names = {
+      Name{uffd_feature::pagefault_flag_wp, "write protection (Linux 5.7)"},
+      Name{uffd_feature::event_remove, "remove events (Linux 4.11)"},
+      Name{uffd_feature::missing_hugetlbfs, "hugetlbfs (Linux 4.11)"},
+      Name{uffd_feature::missing_shmem, "shared memory (Linux 4.11)"},
+      Name{uffd_feature::wp_hugetlbfs_shmem, "write protection of shared memory (Linux 5.19)"},
+      Name{uffd_feature::poison, "poisoned pages (Linux 6.6)"},
+  };
+  std::string text;
+  for (const Name& name : names) {
+    if (!(features & name.bit)) continue;
+    if (!text.empty()) text += ", ";
+    text += name.text;
+    features &= ~name.bit;
+  }
+  if (features) text += fmt::format(" and {:#x}", features);
+  return text;
+}
+
+// The outcome of UFFDIO_COPY, ZEROPAGE and POISON. `moved` is the kernel's own
+// count: bytes done, or a negative errno when nothing was.
+Result<Uffd::Copied> fill_outcome(const char* what, RemoteRange range, int returned, int64_t moved) {
+  const int why = errno;
+  Uffd::Copied copied;
+  copied.bytes = moved > 0 ? static_cast<uint64_t>(moved) : 0;
+  if (returned == 0) {
+    copied.bytes = range.length;
+    return copied;
+  }
+  switch (why) {
+    case EAGAIN: copied.outcome = CopyOutcome::try_again; return copied;
+    case EEXIST: copied.outcome = CopyOutcome::already_there; return copied;
+    case ENOENT: copied.outcome = CopyOutcome::no_mapping; return copied;
+    case ENOMEM: copied.outcome = CopyOutcome::no_memory; return copied;
+    default: return tl::unexpected(ioctl_error(what, range, why));
+  }
+}
+
+}  // namespace
+
+Result<uint64_t> Uffd::kernel_features() {
+  // User-mode-only needs no privilege and offers the same features.
+  const Fd fd(static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY)));
+  if (!fd) return fail_errno(errno, "cannot make a userfaultfd");
+  uffdio_api api = {.api = UFFD_API, .features = 0, .ioctls = 0};
+  if (::ioctl(fd.get(), UFFDIO_API, &api) < 0) return fail_errno(errno, "UFFDIO_API failed");
+  return api.features;
+}
+
+Result<Uffd> Uffd::initialize(Fd fd, uint64_t features) {
+  // Asked of a descriptor of its own, because UFFDIO_API with a feature that
+  // the kernel lacks ends the use of the descriptor.
+  const uint64_t offered = VMSNAP_TRY(kernel_features());
+  if (features & ~offered) {
+    return tl::unexpected(Error(ErrorCode::unsupported,
+                                "this kernel's userfaultfd has no " +
+                                    feature_names(features & ~offered))
+                              .with_remedy("Use a newer kernel (Linux 6.1 has all that is needed)."));
+  }
+  uffdio_api api = {.api = UFFD_API, .features = features, .ioctls = 0};
+  if (::ioctl(fd.get(), UFFDIO_API, &api) < 0) return fail_errno(errno, "UFFDIO_API failed");
+  return Uffd(std::move(fd));
+}
+
+Result<RegisterOutcome> Uffd::register_range(RemoteRange range, RegisterMode mode) const {
+  uffdio_register request = {};
+  request.range = raw(range);
+  if (mode.missing) request.mode |= UFFDIO_REGISTER_MODE_MISSING;
+  if (mode.write_protect) request.mode |= UFFDIO_REGISTER_MODE_WP;
+  if (::ioctl(fd(), UFFDIO_REGISTER, &request) == 0) {
+    const bool can_protect = request.ioctls & (uint64_t{1} << _UFFDIO_WRITEPROTECT);
+    if (mode.write_protect && !can_protect) return RegisterOutcome::unsupported;
+    return RegisterOutcome::done;
+  }
+  if (errno == EBUSY) return RegisterOutcome::busy;
+  if (errno == EINVAL || errno == EPERM) return RegisterOutcome::unsupported;
+  return tl::unexpected(ioctl_error("UFFDIO_REGISTER", range, errno));
+}
+
+Status Uffd::unregister_range(RemoteRange range) const {
+  uffdio_range request = raw(range);
+  if (::ioctl(fd(), UFFDIO_UNREGISTER, &request) == 0) return {};
+  return tl::unexpected(ioctl_error("UFFDIO_UNREGISTER", range, errno));
+}
+
+namespace {
+
+Result<ProtectOutcome> change_protection(int fd, RemoteRange range, uint64_t mode) {
+  uffdio_writeprotect request = {.range = raw(range), .mode = mode};
+  if (::ioctl(fd, UFFDIO_WRITEPROTECT, &request) == 0) return ProtectOutcome::done;
+  if (errno == EAGAIN) return ProtectOutcome::try_again;
+  if (errno == ENOENT) return ProtectOutcome::no_mapping;
+  return tl::unexpected(ioctl_error("UFFDIO_WRITEPROTECT", range, errno));
+}
+
+}  // namespace
+
+Result<ProtectOutcome> Uffd::write_protect(RemoteRange range) const {
+  return change_protection(fd(), range, UFFDIO_WRITEPROTECT_MODE_WP);
+}
+
+Result<ProtectOutcome> Uffd::unprotect(RemoteRange range, bool wake) const {
+  return change_protection(fd(), range, wake ? 0 : UFFDIO_WRITEPROTECT_MODE_DONTWAKE);
+}
+
+Result<std::vector<UffdEvent>> Uffd::read_events(size_t limit) const {
+  std::array<uffd_msg, 64> messages;
+  const size_t wanted = std::min(limit, messages.size()) * sizeof(uffd_msg);
+  const ssize_t got = ::read(fd(), messages.data(), wanted);
+  if (got < 0 && (errno == EAGAIN || errno == EINTR)) return std::vector<UffdEvent>();
+  if (got < 0) return fail_errno(errno, "cannot read the events of a userfaultfd");
+
+  std::vector<UffdEvent> events(static_cast<size_t>(got) / sizeof(uffd_msg));
+  for (size_t i = 0; i < events.size(); ++i) {
+    const uffd_msg& message = messages[i];
+    UffdEvent& event = events[i];
+    switch (message.event) {
+      case UFFD_EVENT_PAGEFAULT: {
+        const uint64_t flags = message.arg.pagefault.flags;
+        event.kind = flags & UFFD_PAGEFAULT_FLAG_WP ? UffdEvent::Kind::write_protect
+                                                    : UffdEvent::Kind::missing;
+        event.write = flags & UFFD_PAGEFAULT_FLAG_WRITE;
+        event.address = RemotePtr(message.arg.pagefault.address & ~uint64_t{4095});
+        break;
+      }
+      case UFFD_EVENT_REMOVE:
+      case UFFD_EVENT_UNMAP:
+        event.kind = message.event == UFFD_EVENT_REMOVE ? UffdEvent::Kind::removed
+                                                        : UffdEvent::Kind::unmapped;
+        event.address = RemotePtr(message.arg.remove.start);
+        event.length = message.arg.remove.end - message.arg.remove.start;
+        break;
+      case UFFD_EVENT_REMAP:
+        event.kind = UffdEvent::Kind::moved;
+        event.address = RemotePtr(message.arg.remap.from);
+        event.length = message.arg.remap.len;
+        break;
+      case UFFD_EVENT_FORK:
+        event.kind = UffdEvent::Kind::forked;
+        ::close(static_cast<int>(message.arg.fork.ufd));
+        break;
+      default: event.kind = UffdEvent::Kind::other;
+    }
+  }
+  return events;
+}
+
+Result<Uffd::Copied> Uffd::copy(RemotePtr to, std::span<const std::byte> pages, bool wake_waiters) const {
+  uffdio_copy request = {};
+  request.dst = to.address();
+  request.src = reinterpret_cast<uint64_t>(pages.data());
+  request.len = pages.size();
+  request.mode = wake_waiters ? 0 : UFFDIO_COPY_MODE_DONTWAKE;
+  const int returned = ::ioctl(fd(), UFFDIO_COPY, &request);
+  return fill_outcome("UFFDIO_COPY", {to, pages.size()}, returned, request.copy);
+}
+
+Result<Uffd::Copied> Uffd::zero(RemoteRange range, bool wake_waiters) const {
+  uffdio_zeropage request = {};
+  request.range = raw(range);
+  request.mode = wake_waiters ? 0 : UFFDIO_ZEROPAGE_MODE_DONTWAKE;
+  const int returned = ::ioctl(fd(), UFFDIO_ZEROPAGE, &request);
+  return fill_outcome("UFFDIO_ZEROPAGE", range, returned, request.zeropage);
+}
+
+Result<Uffd::Copied> Uffd::poison(RemoteRange range) const {
+  PoisonArgument request = {.range = raw(range), .mode = 0, .updated = 0};
+  const int returned = ::ioctl(fd(), uffdio_poison, &request);
+  return fill_outcome("UFFDIO_POISON", range, returned, request.updated);
+}
+
+Status Uffd::wake(RemoteRange range) const {
+  uffdio_range request = raw(range);
+  if (::ioctl(fd(), UFFDIO_WAKE, &request) == 0) return {};
+  return tl::unexpected(ioctl_error("UFFDIO_WAKE", range, errno));
+}
+
+}  // namespace vmsnap

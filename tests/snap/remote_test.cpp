@@ -1,0 +1,234 @@
+// Borrowing threads of a process, and stopping all of them, without its
+// noticing.
+#include <fcntl.h>
+#include <sys/epoll.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <thread>
+
+#include "snap/vmm/handover.h"
+#include "snap/vmm/injector.h"
+#include "snap/vmm/thread_stop.h"
+#include "tests/snap/victim.h"
+
+namespace vmsnap {
+namespace {
+
+using namespace std::chrono_literals;
+
+template <class Condition>
+void wait_until(Condition condition) {
+  for (int i = 0; i < 20000 && !condition(); ++i) std::this_thread::sleep_for(1ms);
+  ASSERT_TRUE(condition());
+}
+
+struct Talk {
+  std::atomic<int> ready{0};
+  std::atomic<int> go_on{0};
+  std::atomic<uint64_t> rounds{0};
+  std::atomic<int> wrong{0};
+};
+
+TEST(Injected, RunsASystemCallInTheTarget) {
+  Victim victim([] {
+    ::pause();
+    return 0;
+  });
+  std::this_thread::sleep_for(20ms);
+  const Process process = victim.process();
+  const auto pid = run_injected(
+      process, [](RemoteThread& thread, InjectorLink&) { return thread.call(SYS_getpid, {}); });
+  ASSERT_TRUE(pid) << pid.error().message();
+  EXPECT_EQ(*pid, victim.pid());
+}
+
+// A blocking read must not return early, and a computation must not change,
+// however often a thread is borrowed.
+TEST(Injected, LeavesWaitingAndComputingThreadsAsTheyWere) {
+  Talk* talk = shared_with_victim<Talk>();
+  int pipe_ends[2];
+  ASSERT_EQ(::pipe(pipe_ends), 0);
+  Victim victim([&] {
+    std::thread busy([talk] {
+      // Any lost register shows up in the sum.
+      while (!talk->go_on) {
+        uint64_t a = 1, b = 2, c = 3, d = 4;
+        double x = 1.5;
+        for (uint64_t i = 0; i < 100000; ++i) {
+          a += i ^ b;
+          b = b * 6364136223846793005u + a;
+          c ^= b >> 7;
+          d += c;
+          x = x * 1.0000001 + 0.5;
+        }
+        static const uint64_t expected = d;
+        static const double expected_x = x;
+        if (d != expected || x != expected_x) talk->wrong = 1;
+        ++talk->rounds;
+      }
+    });
+    talk->ready = 1;
+    char byte = 0;
+    const ssize_t got = ::read(pipe_ends[0], &byte, 1);
+    if (got != 1 || byte != 'x') talk->wrong = 2;
+    talk->go_on = 1;
+    busy.join();
+    return talk->wrong.load();
+  });
+  wait_until([&] { return talk->ready && talk->rounds > 2; });
+  const Process process = victim.process();
+  for (int i = 0; i < 200; ++i) {
+    const auto number = run_injected(
+        process, [](RemoteThread& thread, InjectorLink&) { return thread.call(SYS_gettid, {}); });
+    ASSERT_TRUE(number) << number.error().message();
+    EXPECT_GT(*number, 0);
+  }
+  EXPECT_EQ(::write(pipe_ends[1], "x", 1), 1);
+  EXPECT_EQ(victim.wait(), 0);
+}
+
+TEST(Injected, AProcessThatNeverWaitsCanBeBorrowedToo) {
+  Talk* talk = shared_with_victim<Talk>();
+  Victim victim([&] {
+    while (!talk->go_on) ++talk->rounds;
+    return 0;
+  });
+  wait_until([&] { return talk->rounds > 1000; });
+  const auto pid = run_injected(victim.process(), [](RemoteThread& thread, InjectorLink&) {
+    return thread.call(SYS_getpid, {});
+  });
+  ASSERT_TRUE(pid) << pid.error().message();
+  const uint64_t before = talk->rounds;
+  wait_until([&] { return talk->rounds > before; });
+  talk->go_on = 1;
+  EXPECT_EQ(victim.wait(), 0);
+}
+
+TEST(Injected, SaysWhoTracesAlready) {
+  Victim victim([] {
+    ::pause();
+    return 0;
+  });
+  const Process process = victim.process();
+  const ThreadStop stopped = *ThreadStop::stop(process);
+  const auto refused = run_injected(
+      process, [](RemoteThread& thread, InjectorLink&) { return thread.call(SYS_getpid, {}); });
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code(), ErrorCode::refused);
+  EXPECT_NE(refused.error().message().find("is being traced by process"), std::string::npos);
+}
+
+TEST(Handover, BringsOutAUserfaultfdAndLeavesNoDescriptor) {
+  Victim victim([] {
+    ::pause();
+    return 0;
+  });
+  const Process process = victim.process();
+  const auto before = process.descriptors();
+  auto handed = bring_out_uffd(process, nullptr, uffd_feature::pagefault_flag_wp, KeepInVmm::no);
+  ASSERT_TRUE(handed) << handed.error().message();
+  EXPECT_EQ(handed->remote_fd, -1);
+  EXPECT_EQ(process.descriptors()->size(), before->size());
+}
+
+TEST(Handover, KeepsItInTheTargetWhereAsked) {
+  Victim victim([] {
+    ::pause();
+    return 0;
+  });
+  const Process process = victim.process();
+  auto handed = bring_out_uffd(process, nullptr, uffd_feature::missing_shmem, KeepInVmm::yes);
+  ASSERT_TRUE(handed) << handed.error().message();
+  const auto kept = process.descriptors();
+  const auto is_kept = [&](const auto& entry) {
+    return entry.first == handed->remote_fd && entry.second == "anon_inode:[userfaultfd]";
+  };
+  EXPECT_TRUE(std::any_of(kept->begin(), kept->end(), is_kept));
+  ASSERT_TRUE(close_in_process(process, handed->remote_fd));
+  EXPECT_EQ(process.descriptors()->size(), kept->size() - 1);
+}
+
+// An unprivileged process without a monitor gets the device over a socket.
+TEST(Handover, WorksOnAnUnprivilegedProcess) {
+  if (::geteuid() != 0) GTEST_SKIP() << "needs root to drop privileges";
+  Talk* talk = shared_with_victim<Talk>();
+  Victim victim([&] {
+    if (::setgid(65534) || ::setuid(65534)) return 1;
+    talk->ready = 1;
+    ::pause();
+    return 0;
+  });
+  wait_until([&] { return talk->ready == 1; });
+  const Process process = victim.process();
+  const size_t before = process.descriptors()->size();
+  auto handed = bring_out_uffd(process, nullptr, uffd_feature::pagefault_flag_wp, KeepInVmm::no);
+  ASSERT_TRUE(handed) << handed.error().message();
+  EXPECT_EQ(process.descriptors()->size(), before);
+}
+
+TEST(ThreadStop, StopsEveryThreadAndLetsThemGoOn) {
+  Talk* talk = shared_with_victim<Talk>();
+  Victim victim([&] {
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 6; ++i) {
+      threads.emplace_back([&] {
+        while (!talk->go_on) ++talk->rounds;
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    return 0;
+  });
+  wait_until([&] { return talk->rounds > 1000; });
+  const Process process = victim.process();
+  {
+    auto stopped = ThreadStop::stop(process);
+    ASSERT_TRUE(stopped) << stopped.error().message();
+    const uint64_t then = talk->rounds;
+    std::this_thread::sleep_for(20ms);
+    EXPECT_EQ(talk->rounds, then);
+  }
+  const uint64_t before = talk->rounds;
+  wait_until([&] { return talk->rounds > before + 1000; });
+  talk->go_on = 1;
+  EXPECT_EQ(victim.wait(), 0);
+}
+
+// epoll_wait is never restarted by the kernel after a stop; a process that we
+// stopped must not see EINTR all the same.
+TEST(ThreadStop, WaitersDoNotSeeTheStop) {
+  Talk* talk = shared_with_victim<Talk>();
+  int pipe_ends[2];
+  ASSERT_EQ(::pipe(pipe_ends), 0);
+  Victim victim([&] {
+    const int poll = ::epoll_create1(0);
+    epoll_event event = {};
+    event.events = EPOLLIN;
+    ::epoll_ctl(poll, EPOLL_CTL_ADD, pipe_ends[0], &event);
+    talk->ready = 1;
+    const int ready = ::epoll_wait(poll, &event, 1, -1);
+    return ready == 1 ? 0 : errno;
+  });
+  wait_until([&] { return talk->ready == 1; });
+  std::this_thread::sleep_for(20ms);
+  const Process process = victim.process();
+  for (int i = 0; i < 10; ++i) {
+    ASSERT_TRUE(ThreadStop::stop(process));
+    std::this_thread::sleep_for(2ms);
+  }
+  EXPECT_EQ(::write(pipe_ends[1], "x", 1), 1);
+  EXPECT_EQ(victim.wait(), 0);
+}
+
+TEST(ThreadStop, ADeadProcessIsAnError) {
+  Victim victim([] { return 0; });
+  const Process process = victim.process();
+  victim.wait();
+  const auto stopped = ThreadStop::stop(process);
+  ASSERT_FALSE(stopped);
+}
+
+}  // namespace
+}  // namespace vmsnap
