@@ -1,0 +1,73 @@
+// Captures the memory of a running process into an image, as it was at one
+// instant.
+//
+//   create()   nothing of the target is touched
+//   begin()    the memory is registered with the userfaultfd; the target runs
+//   arm()      the instant; the target must stand still while this runs
+//   finish()   the target runs; returns when every page is in the image
+//
+// Whatever fails, and when the object is destroyed, the userfaultfd is closed
+// at once, which frees the target. Every call from the same thread.
+//
+// Threads: one sweeps, one answers write faults, `workers` compress. Memory:
+// the staging, 1 byte a page of the target, and what ImageWriter states.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "formats/error.h"
+#include "formats/image_writer.h"
+#include "snap/capture_state.h"
+#include "snap/fault_handler.h"
+#include "snap/vmm/guest_memory.h"
+#include "snap/vmm/process.h"
+#include "snap/vmm/uffd.h"
+
+namespace vmsnap {
+
+struct CaptureOptions {
+  unsigned workers = 2;
+  uint64_t staging_bytes = 64 << 20;
+  std::chrono::milliseconds stall_limit{10000};
+  std::function<void()> heartbeat = [] {};
+};
+
+// Features that capturing this memory needs of the userfaultfd.
+uint64_t capture_features(const GuestMemory& memory);
+
+class Capture {
+ public:
+  // All references must outlive the capture.
+  static Result<std::unique_ptr<Capture>> create(const Process& process, const GuestMemory& memory,
+                                                 Uffd uffd, ImageWriter& writer,
+                                                 CaptureOptions options);
+  ~Capture();
+
+  Status begin();
+  Status arm();
+  // `on_progress` is called about five times a second; an error it returns
+  // ends the capture.
+  Status finish(const std::function<Status()>& on_progress);
+
+  const CaptureCounters& counters() const { return state_->counters; }
+
+ private:
+  Capture(ImageWriter& writer, CaptureOptions options) : writer_(writer), options_(std::move(options)) {}
+  Status arm_piece(CapturedPiece& piece);
+  void compress();
+  void stop_threads();
+
+  ImageWriter& writer_;
+  CaptureOptions options_;
+  std::unique_ptr<CaptureState> state_;
+  std::unique_ptr<FaultHandler> faults_;
+  std::thread fault_thread_, sweep_thread_;
+  std::vector<std::thread> workers_;
+  std::atomic<bool> swept_ = false;
+};
+
+}  // namespace vmsnap

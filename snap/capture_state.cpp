@@ -1,0 +1,123 @@
+#include "snap/capture_state.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace vmsnap {
+
+CaptureState::CaptureState(const Process& target, PageMap map, Uffd fd, const GuestMemory& memory,
+                           std::unique_ptr<Staging> staging_memory)
+    : process(target), pagemap(std::move(map)), uffd(std::move(fd)), staging(std::move(staging_memory)) {
+  for (const MemoryPiece& piece : memory.pieces) {
+    pieces.push_back(std::make_unique<CapturedPiece>(piece));
+  }
+}
+
+CapturedPiece* CaptureState::find(RemotePtr address) const {
+  for (const auto& piece : pieces) {
+    if (address >= piece->piece.range.start && address < piece->piece.range.end()) return piece.get();
+  }
+  return nullptr;
+}
+
+void CaptureState::fail(Error error) {
+  {
+    std::lock_guard lock(error_mutex_);
+    if (!error_) error_ = std::move(error);
+  }
+  failed_.store(true, std::memory_order_release);
+  staging->abort();
+}
+
+Status CaptureState::status() const {
+  std::lock_guard lock(error_mutex_);
+  if (error_) return tl::unexpected(*error_);
+  return {};
+}
+
+Status CaptureState::copy(const CapturedPiece& piece, uint64_t first_unit, uint64_t offset,
+                          std::span<std::byte> to) const {
+  const uint64_t in_piece = first_unit * piece.piece.unit_bytes + offset;
+  if (!piece.piece.shared()) return process.read(piece.piece.range.start + in_piece, to);
+  // Through the file, not through the mapping: reading a hole through the
+  // mapping would fill it, and would wait for ourselves.
+  return read_exact_at(piece.piece.file->get(), to, piece.piece.file_offset + in_piece,
+                       "shared memory of " + process.describe());
+}
+
+Error CaptureState::discarded(RemotePtr at) const {
+  return Error(ErrorCode::discarded,
+               fmt::format("memory of {} at {:#x} was discarded before it was copied",
+                           process.describe(), at.address()))
+      .with_remedy("Memory was given back (balloon, free page reporting) or merged while the "
+                   "snapshot ran, so the snapshot was given up. The VM is unharmed: try again, or "
+                   "keep the balloon still meanwhile.");
+}
+
+namespace {
+
+bool all_zero(std::span<const std::byte> bytes) {
+  return bytes.empty() ||
+         (bytes[0] == std::byte{0} && std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0);
+}
+
+}  // namespace
+
+Status CaptureState::check(const CapturedPiece& piece, uint64_t first_unit, uint64_t count,
+                           std::span<const std::byte> data) const {
+  const RemoteRange range = piece.units(first_unit, count);
+  const auto marked = VMSNAP_TRY(pagemap.marked(range));
+  if (marked.size() != 1 || marked[0].start != range.start || marked[0].length != range.length) {
+    const bool from_start = !marked.empty() && marked[0].start == range.start;
+    return tl::unexpected(discarded(from_start ? marked[0].end() : range.start));
+  }
+  if (piece.piece.shared()) return check_file(piece, first_unit, data);
+  return {};
+}
+
+// A hole punched into a file leaves the marks of its pages (measured on Linux
+// 6.18): zeros are believed only if the file still has the page.
+Status CaptureState::check_file(const CapturedPiece& piece, uint64_t first_unit,
+                                std::span<const std::byte> data) const {
+  const int fd = piece.piece.file->get();
+  if (piece.piece.backing == Backing::hugetlb_shared) {
+    struct stat about = {};
+    if (::fstat(fd, &about) < 0) return fail_errno(errno, "cannot look at shared memory");
+    if (static_cast<uint64_t>(about.st_blocks) < piece.expected_blocks) {
+      return tl::unexpected(discarded(piece.units(first_unit, 1).start));
+    }
+    return {};
+  }
+  const uint64_t file_offset = piece.piece.file_offset + first_unit * page_size;
+  for (size_t at = 0; at < data.size();) {
+    if (!all_zero(data.subspan(at, page_size))) {
+      at += page_size;
+      continue;
+    }
+    size_t end = at + page_size;
+    while (end < data.size() && all_zero(data.subspan(end, page_size))) end += page_size;
+    const off_t hole = ::lseek(fd, static_cast<off_t>(file_offset + at), SEEK_HOLE);
+    if (hole < 0 || static_cast<uint64_t>(hole) < file_offset + end) {
+      return tl::unexpected(discarded(piece.units(first_unit, 1).start + at));
+    }
+    at = end;
+  }
+  return {};
+}
+
+Status CaptureState::release(CapturedPiece& piece, uint64_t first_unit, uint64_t count) {
+  const RemoteRange range = piece.units(first_unit, count);
+  for (;;) {
+    const ProtectOutcome outcome = VMSNAP_TRY(uffd.unprotect(range));
+    if (outcome == ProtectOutcome::no_mapping) return tl::unexpected(discarded(range.start));
+    if (outcome == ProtectOutcome::done) break;
+    if (failed()) return status();
+  }
+  return {};
+}
+
+}  // namespace vmsnap

@@ -1,0 +1,97 @@
+// What the threads of one capture share, and the one way in which a page is
+// copied.
+//
+// The rule that makes the image one instant: a unit is copied, then its
+// write-protect mark is looked at again, and only then is it freed. The mark
+// was set at the instant; while it is there, nobody has written the unit since.
+// A unit that lost its mark without us (discarded, unmapped, merged by KSM)
+// fails the capture with ErrorCode::discarded.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "formats/error.h"
+#include "formats/latency_histogram.h"
+#include "snap/staging.h"
+#include "snap/unit_states.h"
+#include "snap/vmm/guest_memory.h"
+#include "snap/vmm/pagemap.h"
+#include "snap/vmm/process.h"
+#include "snap/vmm/uffd.h"
+
+namespace vmsnap {
+
+struct CapturedPiece {
+  explicit CapturedPiece(const MemoryPiece& p) : piece(p), states(p) {}
+
+  MemoryPiece piece;
+  UnitStates states;
+  // hugetlb files cannot be asked where their holes are; a falling number of
+  // 512-byte blocks shows that one was made.
+  std::atomic<uint64_t> expected_blocks = 0;
+
+  uint64_t unit_pages() const { return piece.unit_bytes / page_size; }
+  RemoteRange units(uint64_t first, uint64_t count) const {
+    return {piece.range.start + first * piece.unit_bytes, count * piece.unit_bytes};
+  }
+  uint64_t page_of(uint64_t unit) const { return piece.first_page + unit * unit_pages(); }
+  uint64_t unit_of(RemotePtr address) const { return (address - piece.range.start) / piece.unit_bytes; }
+};
+
+struct CaptureCounters {
+  std::atomic<uint64_t> copied_pages = 0;
+  std::atomic<uint64_t> zero_pages = 0, duplicate_pages = 0, stored_pages = 0;  // compressed so far
+  std::atomic<uint64_t> write_faults = 0;
+  std::atomic<uint64_t> armed_pages = 0;  // what there is to copy; known after arm()
+  LatencyHistogram fault_latency;         // event read until the writer goes on
+};
+
+class CaptureState {
+ public:
+  CaptureState(const Process& target, PageMap map, Uffd fd, const GuestMemory& memory,
+               std::unique_ptr<Staging> staging_memory);
+
+  const Process& process;
+  const PageMap pagemap;
+  Uffd uffd;
+  std::vector<std::unique_ptr<CapturedPiece>> pieces;  // by page number
+  std::unique_ptr<Staging> staging;
+  CaptureCounters counters;
+
+  // The piece that holds an address of the process; null for none.
+  CapturedPiece* find(RemotePtr address) const;
+
+  // Keeps the first error, and makes every thread of the capture stop.
+  void fail(Error error);
+  bool failed() const { return failed_.load(std::memory_order_acquire); }
+  Status status() const;
+
+  // Copies pages [first_page, +to.size()) of units that the caller has claimed.
+  Status copy(const CapturedPiece& piece, uint64_t first_unit, uint64_t offset,
+              std::span<std::byte> to) const;
+  // After copying, before release(): whether `count` units were of the instant.
+  // `data` is what was copied of them, or empty when it is no longer at hand.
+  Status check(const CapturedPiece& piece, uint64_t first_unit, uint64_t count,
+               std::span<const std::byte> data) const;
+  // The error that a discarded page is.
+  Error discarded(RemotePtr at) const;
+  // Lets writers in again and wakes who waits.
+  Status release(CapturedPiece& piece, uint64_t first_unit, uint64_t count);
+
+ private:
+  Status check_file(const CapturedPiece& piece, uint64_t first_unit,
+                    std::span<const std::byte> data) const;
+
+  mutable std::mutex error_mutex_;
+  std::optional<Error> error_;
+  std::atomic<bool> failed_ = false;
+};
+
+}  // namespace vmsnap

@@ -1,0 +1,149 @@
+#include "snap/guard.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <string>
+
+namespace vmsnap {
+
+namespace {
+
+// Everything the guard's process needs, and all it keeps.
+struct GuardProcess {
+  Fd pipe;
+  Fd parent;  // pidfd
+  int qmp_fd = -1;
+  std::string qmp_path;
+  std::optional<KsmPause>* ksm = nullptr;
+  int limit_ms = 0;
+
+  bool paused = false;
+  bool watching = false;
+
+  void run();
+  void note(char what);
+  void resume_vm();
+};
+
+void GuardProcess::note(char what) {
+  switch (what) {
+    case 'P': paused = true; break;
+    case 'R':
+      paused = false;
+      // The monitor serves one client at a time: ours has done its work.
+      if (qmp_fd >= 0) ::close(std::exchange(qmp_fd, -1));
+      break;
+    case 'W': watching = true; break;
+    case 'U': watching = false; break;
+    default: break;  // a heartbeat
+  }
+}
+
+void GuardProcess::run() {
+  for (;;) {
+    pollfd waiting = {pipe.get(), POLLIN, 0};
+    const int ready = ::poll(&waiting, 1, paused || watching ? limit_ms : -1);
+    if (ready < 0 && errno == EINTR) continue;
+    if (ready == 0) {
+      // No sign of life, and a guest that may be waiting for one.
+      ::syscall(SYS_pidfd_send_signal, parent.get(), SIGKILL, nullptr, 0);
+      pollfd gone = {parent.get(), POLLIN, 0};
+      ::poll(&gone, 1, limit_ms);
+      break;
+    }
+    char what[256];
+    const ssize_t got = ::read(pipe.get(), what, sizeof what);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) break;
+    for (ssize_t i = 0; i < got; ++i) note(what[i]);
+  }
+  if (paused) resume_vm();
+  if (ksm && *ksm) (*ksm)->end();
+}
+
+// On the socket we share with the dead: QEMU would not listen to another
+// client while this one is open. Commands go out in one piece, so the dead
+// left none half sent. If the socket is gone, by a connection of our own.
+void GuardProcess::resume_vm() {
+  static constexpr char command[] = "\n{\"execute\":\"cont\"}\n";
+  if (qmp_fd >= 0 && ::send(qmp_fd, command, sizeof command - 1, MSG_NOSIGNAL) > 0) {
+    // Wait until QEMU has read it: closing a socket with unread data in our
+    // direction is no harm, but the command must be taken first. Its answer,
+    // or the end of the VM, tells.
+    std::string seen;
+    for (int tries = 0; tries < 100; ++tries) {
+      pollfd answer = {qmp_fd, POLLIN, 0};
+      if (::poll(&answer, 1, 100) <= 0) continue;
+      char buffer[4096];
+      const ssize_t got = ::recv(qmp_fd, buffer, sizeof buffer, 0);
+      if (got <= 0) break;
+      seen.append(buffer, static_cast<size_t>(got));
+      if (seen.find("\"RESUME\"") != std::string::npos) return;
+    }
+  }
+  if (qmp_fd >= 0) ::close(std::exchange(qmp_fd, -1));
+  if (auto qmp = Qmp::connect(qmp_path)) (void)qmp->execute("cont");
+}
+
+// No pipe or terminal of the caller stays open for our sake.
+void let_go_of_standard_streams() {
+  const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
+  for (int standard = 0; standard <= 2; ++standard) ::dup2(null.get(), standard);
+}
+
+}  // namespace
+
+Result<Guard> Guard::start(const Qmp* qmp, std::optional<KsmPause>* ksm,
+                           std::chrono::milliseconds stand_still_limit) {
+  int ends[2];
+  if (::pipe2(ends, O_CLOEXEC) < 0) return fail_errno(errno, "cannot make a pipe");
+  Fd reading(ends[0]), writing(ends[1]);
+  // Only our end must not block: a guard that is slow must not slow us.
+  ::fcntl(writing.get(), F_SETFL, O_NONBLOCK);
+  Fd self(static_cast<int>(::syscall(SYS_pidfd_open, ::getpid(), 0)));
+  if (!self) return fail_errno(errno, "cannot open our own process");
+
+  const pid_t pid = ::fork();
+  if (pid < 0) return fail_errno(errno, "cannot fork");
+  if (pid == 0) {
+    writing.reset();
+    ::setsid();
+    ::prctl(PR_SET_NAME, "snapguard");  // not found by killall vmsnap
+    for (int number = 1; number < NSIG; ++number) ::signal(number, SIG_IGN);
+    GuardProcess guard;
+    guard.pipe = std::move(reading);
+    guard.parent = std::move(self);
+    if (qmp) {
+      guard.qmp_fd = qmp->fd();
+      guard.qmp_path = qmp->socket_path();
+    }
+    guard.ksm = ksm;
+    guard.limit_ms = static_cast<int>(stand_still_limit.count());
+    let_go_of_standard_streams();
+    guard.run();
+    ::_exit(0);
+  }
+  return Guard(std::move(writing), pid);
+}
+
+Guard::~Guard() {
+  if (pid_ == 0) return;
+  pipe_.reset();
+  while (::waitpid(pid_, nullptr, 0) < 0 && errno == EINTR) {
+  }
+}
+
+void Guard::tell(char what) const {
+  // A full pipe loses heartbeats only: the others are few.
+  (void)!::write(pipe_.get(), &what, 1);
+}
+
+}  // namespace vmsnap

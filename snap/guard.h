@@ -1,0 +1,53 @@
+// A small process that sees to the VM when we cannot.
+//
+// It is forked before anything is touched, lives in a session of its own,
+// ignores signals, and shares nothing with us but a pipe (and its own
+// duplicates of the monitor's socket and the KSM lock). When the pipe closes
+// while a pause is on, it sends `cont`, whoever killed us. When we stand still
+// (SIGSTOP, a debugger) for longer than the limit while guest memory is
+// write-protected, it kills us, which frees the VM: a snapshot is worth less
+// than the guest.
+//
+// What it cannot help against: being killed itself by a SIGKILL of its own.
+#pragma once
+
+#include <sys/types.h>
+
+#include <chrono>
+#include <optional>
+
+#include "formats/error.h"
+#include "formats/file.h"
+#include "snap/vmm/ksm_pause.h"
+#include "snap/vmm/qmp.h"
+
+namespace vmsnap {
+
+class Guard {
+ public:
+  // `qmp` may be null: then there is no pause to undo, only a stand-still to
+  // notice. `ksm`: a pause to end when we are gone. Fork happens here, so no
+  // other thread of ours may run yet.
+  static Result<Guard> start(const Qmp* qmp, std::optional<KsmPause>* ksm,
+                             std::chrono::milliseconds stand_still_limit);
+
+  Guard(Guard&& other) noexcept : pipe_(std::move(other.pipe_)), pid_(std::exchange(other.pid_, 0)) {}
+  Guard& operator=(Guard&&) = delete;
+  ~Guard();
+
+  // All from any thread; they never block.
+  void pausing() { tell('P'); }    // before `stop` is sent
+  void resumed() { tell('R'); }    // after `cont` was answered; the guard lets the monitor go
+  void watching() { tell('W'); }   // memory is protected: heartbeats count from here
+  void heartbeat() { tell('H'); }
+  void unwatched() { tell('U'); }  // memory is free again
+
+ private:
+  Guard(Fd pipe, pid_t pid) : pipe_(std::move(pipe)), pid_(pid) {}
+  void tell(char what) const;
+
+  Fd pipe_;
+  pid_t pid_ = 0;
+};
+
+}  // namespace vmsnap

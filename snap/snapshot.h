@@ -1,0 +1,57 @@
+// Taking a snapshot: of a QEMU behind a monitor socket, or of ranges of any
+// process.
+//
+// One call does the whole of it and blocks until the image is committed under
+// its final name. Whatever fails, the VM runs on (or stays paused, if it was),
+// nothing of ours is left in it, and no image exists under the name.
+#pragma once
+
+#include <sys/types.h>
+
+#include <chrono>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "formats/error.h"
+#include "snap/capture_state.h"
+
+namespace vmsnap {
+
+struct SnapshotOptions {
+  std::string output;
+  bool replace_output = false;
+  bool without_disks = false;  // --disks none
+  std::string pause_command;   // --in-pause, empty for none
+  std::chrono::milliseconds pause_command_limit{10000};
+  // How long the guest may wait for us, or for our disk, before we give up.
+  std::chrono::milliseconds stall_limit{10000};
+  unsigned workers = 2;
+  uint64_t staging_bytes = 64 << 20;
+  int compression_level = 1;
+};
+
+struct SnapshotSummary {
+  std::string id;
+  std::string file;
+  double pause_ms = 0, total_ms = 0, attach_ms = 0;
+  uint64_t total_pages = 0, zero_pages = 0, duplicate_pages = 0, stored_pages = 0;
+  uint64_t image_bytes = 0;
+  uint64_t write_faults = 0;
+  double fault_p50_us = 0, fault_p99_us = 0, fault_max_us = 0;
+};
+
+enum class SnapshotPhase { preparing, copying, committing };
+
+// Called a few times a second while copying; null counters in other phases.
+using SnapshotProgress = std::function<void(SnapshotPhase, const CaptureCounters*)>;
+
+Result<SnapshotSummary> snapshot_vm(const std::string& qmp_socket, const SnapshotOptions& options,
+                                    const SnapshotProgress& progress);
+
+// Ranges of addresses of the process, page aligned, in any order.
+Result<SnapshotSummary> snapshot_process(pid_t pid, std::vector<RemoteRange> ranges,
+                                         const SnapshotOptions& options,
+                                         const SnapshotProgress& progress);
+
+}  // namespace vmsnap

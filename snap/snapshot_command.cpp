@@ -1,0 +1,175 @@
+#include "snap/snapshot_command.h"
+
+#include <algorithm>
+#include <charconv>
+#include <memory>
+#include <ostream>
+#include <thread>
+
+#include "snap/progress.h"
+#include "snap/snapshot.h"
+
+namespace vmsnap {
+
+namespace {
+
+struct Arguments {
+  std::string qmp;
+  pid_t pid = 0;
+  std::vector<std::string> ranges;
+  std::string disks = "refuse";
+  double pause_command_limit_s = 10;
+  double stall_limit_s = 10;
+  bool json = false;
+  SnapshotOptions options;
+};
+
+constexpr const char* examples = R"(Examples:
+  Snapshot a running VM:
+    vmsnap snapshot --qmp /run/vm1.qmp --output /backup/vm1.img
+  With an LVM snapshot of its disk at the same instant:
+    vmsnap snapshot --qmp /run/vm1.qmp --output vm1.img --disks none \
+        --in-pause 'lvcreate -s -n vm1-snap -L 5G vg/vm1'
+  Two ranges of memory of any process:
+    vmsnap snapshot --pid 4711 --range 7f0000000000-7f0040000000 \
+        --range 7f0080000000-7f0080200000 --output process.img
+
+Exit status: 0 done, 1 input/output error, 2 wrong usage, 3 refused (the VM was
+not touched), 4 missing privilege, 5 the VM failed or answered nonsense,
+6 memory was discarded while copying, 7 no space, 8 FILE exists,
+11 the --in-pause command failed, 130 interrupted.)";
+
+// "7f00-7f80", hexadecimal, with or without 0x.
+Result<RemoteRange> parse_range(const std::string& text) {
+  const size_t dash = text.find('-');
+  uint64_t bounds[2] = {};
+  for (int i = 0; i < 2 && dash != std::string::npos; ++i) {
+    std::string_view part = std::string_view(text).substr(i ? dash + 1 : 0, i ? std::string::npos : dash);
+    if (part.starts_with("0x") || part.starts_with("0X")) part.remove_prefix(2);
+    const auto parsed = std::from_chars(part.data(), part.data() + part.size(), bounds[i], 16);
+    if (parsed.ec != std::errc() || parsed.ptr != part.data() + part.size()) bounds[0] = bounds[1] = 0;
+  }
+  if (bounds[1] <= bounds[0] || bounds[0] % page_size || bounds[1] % page_size) {
+    return tl::unexpected(
+        Error(ErrorCode::usage, fmt::format("'{}' is not a range of whole pages", text))
+            .with_remedy("Give START-END in hexadecimal, multiples of 1000 (4096), END not included."));
+  }
+  return RemoteRange{RemotePtr(bounds[0]), bounds[1] - bounds[0]};
+}
+
+nlohmann::json to_json(const SnapshotSummary& summary) {
+  return {
+      {"id", summary.id},
+      {"file", summary.file},
+      {"pause_ms", summary.pause_ms},
+      {"total_ms", summary.total_ms},
+      {"attach_ms", summary.attach_ms},
+      {"pages",
+       {{"total", summary.total_pages},
+        {"zero", summary.zero_pages},
+        {"duplicate", summary.duplicate_pages},
+        {"stored", summary.stored_pages}}},
+      {"bytes", {{"guest", summary.total_pages * page_size}, {"image", summary.image_bytes}}},
+      {"write_faults", summary.write_faults},
+      {"fault_us",
+       {{"p50", summary.fault_p50_us}, {"p99", summary.fault_p99_us}, {"max", summary.fault_max_us}}},
+  };
+}
+
+void print_summary(std::ostream& out, const SnapshotSummary& summary) {
+  constexpr double mib = 1 << 20;
+  out << fmt::format(
+      "snapshot {} saved as {}\n"
+      "  paused {:.1f} ms, {:.2f} s in all\n"
+      "  {:.0f} MiB of memory in {:.1f} MiB: {} pages zero, {} duplicate, {} stored\n"
+      "  {} writes waited for their page: p50 {:.0f} us, p99 {:.0f} us, max {:.0f} us\n",
+      summary.id, summary.file, summary.pause_ms, summary.total_ms / 1000,
+      static_cast<double>(summary.total_pages * page_size) / mib,
+      static_cast<double>(summary.image_bytes) / mib, summary.zero_pages, summary.duplicate_pages,
+      summary.stored_pages, summary.write_faults, summary.fault_p50_us, summary.fault_p99_us,
+      summary.fault_max_us);
+}
+
+Status run(const Arguments& arguments, CommandContext& context) {
+  const auto milliseconds = [](double seconds) {
+    return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000));
+  };
+  SnapshotOptions options = arguments.options;
+  options.without_disks = arguments.disks == "none";
+  options.pause_command_limit = milliseconds(arguments.pause_command_limit_s);
+  options.stall_limit = milliseconds(arguments.stall_limit_s);
+  std::vector<RemoteRange> ranges;
+  for (const std::string& text : arguments.ranges) ranges.push_back(VMSNAP_TRY(parse_range(text)));
+
+  ProgressLine line(context.err, context.terminal && !arguments.json);
+  const SnapshotProgress progress = [&](SnapshotPhase phase, const CaptureCounters* counters) {
+    line.show(phase, counters);
+  };
+  const auto summary = arguments.qmp.empty()
+                           ? snapshot_process(arguments.pid, std::move(ranges), options, progress)
+                           : snapshot_vm(arguments.qmp, options, progress);
+  line.clear();
+  if (!summary) return tl::unexpected(summary.error());
+  if (arguments.json) {
+    context.out << to_json(*summary).dump() << "\n";
+  } else {
+    print_summary(context.out, *summary);
+  }
+  return {};
+}
+
+}  // namespace
+
+void add_snapshot_command(CLI::App& app, CommandContext& context) {
+  auto arguments = std::make_shared<Arguments>();
+  arguments->options.workers = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
+  CLI::App* command = app.add_subcommand("snapshot", "Snapshot a running VM, or memory of a process");
+  command->footer(examples);
+
+  auto* qmp = command->add_option("--qmp", arguments->qmp, "Monitor (QMP) socket of a running QEMU")
+                  ->type_name("SOCKET");
+  auto* pid = command->add_option("--pid", arguments->pid, "Process whose memory to snapshot")
+                  ->type_name("PID")
+                  ->check(CLI::PositiveNumber)
+                  ->excludes(qmp);
+  auto* range = command->add_option("--range", arguments->ranges, "Addresses in it, hexadecimal (repeatable)")
+                    ->type_name("START-END")
+                    ->needs(pid);
+  pid->needs(range);
+  command->add_option("-o,--output", arguments->options.output, "Image file to make")
+      ->type_name("FILE")
+      ->required();
+  command->add_flag("-f,--force", arguments->options.replace_output, "Replace FILE if it exists");
+  command->add_option("--disks", arguments->disks, "'none': the image holds no disks, and I know")
+      ->type_name("none")
+      ->check(CLI::IsMember({"none"}));
+  command->add_option("--in-pause", arguments->options.pause_command,
+                      "Shell command to run while the VM stands still")
+      ->type_name("COMMAND");
+  command->add_option("--in-pause-limit", arguments->pause_command_limit_s,
+                      "Seconds it may take (default 10)")
+      ->type_name("SECONDS")
+      ->check(CLI::Range(0.001, 86400.0));
+  command->add_option("--stall-limit", arguments->stall_limit_s,
+                      "Seconds the guest may wait for us before we give up (default 10)")
+      ->type_name("SECONDS")
+      ->check(CLI::Range(0.1, 86400.0));
+  command->add_option("--workers", arguments->options.workers, "Threads that compress")
+      ->type_name("N")
+      ->check(CLI::Range(1, 256));
+  command->add_option("--level", arguments->options.compression_level, "zstd level (default 1)")
+      ->type_name("N")
+      ->check(CLI::Range(-7, 19));
+  command->add_flag("--json", arguments->json, "Print one JSON object");
+
+  command->callback([arguments, qmp, pid, &context] {
+    context.run = [arguments, qmp, pid, &context]() -> Status {
+      if (qmp->empty() && pid->empty()) {
+        return fail(ErrorCode::usage, "give --qmp SOCKET, or --pid PID with --range START-END");
+      }
+      return run(*arguments, context);
+    };
+  });
+}
+
+}  // namespace vmsnap

@@ -1,0 +1,109 @@
+#include "snap/snapshot_job.h"
+
+#include "formats/interrupt.h"
+#include "formats/test_point.h"
+#include "snap/vmm/handover.h"
+#include "snap/vmm/preflight.h"
+
+namespace vmsnap {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double ms_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+}  // namespace
+
+Status SnapshotJob::prepare(Process process, std::vector<MemoryBlock> blocks, Qmp* qmp) {
+  process_ = std::move(process);
+  progress_(SnapshotPhase::preparing, nullptr);
+  memory_ = VMSNAP_TRY(map_guest_memory(*process_, std::move(blocks)));
+  VMSNAP_CHECK(check_not_pinned(*process_));
+  VMSNAP_CHECK(check_not_shared(*process_, memory_));
+
+  if (memory_.mergeable) ksm_ = VMSNAP_TRY(KsmPause::begin());
+  guard_.emplace(VMSNAP_TRY(Guard::start(qmp, &ksm_, options_.stall_limit)));
+  output_ = VMSNAP_TRY(AtomicFile::create(options_.output, options_.replace_output));
+  VMSNAP_TEST_POINT("snapshot.output");
+  writer_ = VMSNAP_TRY(ImageWriter::create(output_->fd(), options_.output, memory_.page_count(),
+                                           {.compression_level = options_.compression_level,
+                                            .hash = {}}));
+  id_ = writer_->id();
+  return attach(qmp);
+}
+
+Status SnapshotJob::attach(Qmp* qmp) {
+  const auto attach_start = Clock::now();
+  HandedUffd handed = VMSNAP_TRY(
+      bring_out_uffd(*process_, qmp, capture_features(memory_), KeepInVmm::no));
+  summary_.attach_ms = ms_since(attach_start);
+
+  CaptureOptions options;
+  options.workers = options_.workers;
+  options.staging_bytes = options_.staging_bytes;
+  options.stall_limit = options_.stall_limit;
+  options.heartbeat = [this] { guard_->heartbeat(); };
+  capture_ = VMSNAP_TRY(
+      Capture::create(*process_, memory_, std::move(handed.uffd), *writer_, std::move(options)));
+  // From here on a touched page may wait for us.
+  guard_->watching();
+  return capture_->begin();
+}
+
+void SnapshotJob::pause_begins(bool resume_if_we_die) {
+  if (resume_if_we_die) guard_->pausing();
+  VMSNAP_TEST_POINT("pause.before");
+  pause_start_ = Clock::now();
+}
+
+void SnapshotJob::pause_ended() {
+  summary_.pause_ms = ms_since(pause_start_);
+  guard_->resumed();
+  VMSNAP_TEST_POINT("pause.resumed");
+}
+
+Status SnapshotJob::arm() {
+  instant_unix_ms_ = std::chrono::duration_cast<std::chrono::milliseconds>(
+                         std::chrono::system_clock::now().time_since_epoch())
+                         .count();
+  return capture_->arm();
+}
+
+Result<SnapshotSummary> SnapshotJob::finish(nlohmann::json source,
+                                            std::span<const std::byte> device_state) {
+  VMSNAP_CHECK(capture_->finish([this]() -> Status {
+    progress_(SnapshotPhase::copying, &capture_->counters());
+    return check_interrupted();
+  }));
+  guard_->unwatched();
+  ksm_.reset();
+
+  progress_(SnapshotPhase::committing, nullptr);
+  ImageInfo info;
+  info.id = id_;
+  info.created_unix_ms = instant_unix_ms_;
+  info.regions = memory_.regions();
+  info.source = std::move(source);
+  summary_.image_bytes = VMSNAP_TRY(writer_->finish(info, device_state));
+  VMSNAP_CHECK(check_interrupted());
+  VMSNAP_CHECK(output_->commit());
+
+  const CaptureCounters& counters = capture_->counters();
+  summary_.id = id_;
+  summary_.file = options_.output;
+  summary_.total_pages = memory_.page_count();
+  summary_.duplicate_pages = counters.duplicate_pages;
+  summary_.stored_pages = counters.stored_pages;
+  summary_.zero_pages = summary_.total_pages - summary_.duplicate_pages - summary_.stored_pages;
+  summary_.write_faults = counters.write_faults;
+  summary_.fault_p50_us = counters.fault_latency.percentile_us(0.50);
+  summary_.fault_p99_us = counters.fault_latency.percentile_us(0.99);
+  summary_.fault_max_us = counters.fault_latency.max_us();
+  summary_.total_ms = ms_since(start_);
+  return summary_;
+}
+
+}  // namespace vmsnap

@@ -1,0 +1,66 @@
+// What a snapshot of a VM and one of a process have in common: everything but
+// the pause.
+#pragma once
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "formats/file.h"
+#include "formats/image_writer.h"
+#include "snap/capture.h"
+#include "snap/guard.h"
+#include "snap/snapshot.h"
+#include "snap/vmm/guest_memory.h"
+#include "snap/vmm/ksm_pause.h"
+#include "snap/vmm/process.h"
+#include "snap/vmm/qmp.h"
+
+namespace vmsnap {
+
+class SnapshotJob {
+ public:
+  SnapshotJob(const SnapshotOptions& options, const SnapshotProgress& progress)
+      : options_(options), progress_(progress), start_(std::chrono::steady_clock::now()) {}
+
+  // Checks that only read; then the guard, the output file, the userfaultfd;
+  // when this returns, the memory is registered and the target runs on.
+  // `qmp` is null for a process.
+  Status prepare(Process process, std::vector<MemoryBlock> blocks, Qmp* qmp);
+
+  // The target stands still from pause_begins() to pause_ended(). With
+  // `resume_if_we_die`, the guard sends `cont` should we not get to the end.
+  void pause_begins(bool resume_if_we_die);
+  void pause_ended();
+  // The instant; inside the pause.
+  Status arm();
+
+  // Copies, writes, commits. `source` and `device_state` go into the image.
+  Result<SnapshotSummary> finish(nlohmann::json source, std::span<const std::byte> device_state);
+
+  const Process& process() const { return *process_; }
+  const std::string& id() const { return id_; }
+
+ private:
+  Status attach(Qmp* qmp);
+
+  const SnapshotOptions& options_;
+  const SnapshotProgress& progress_;
+  std::chrono::steady_clock::time_point start_, pause_start_;
+  SnapshotSummary summary_;
+  std::string id_;
+  int64_t instant_unix_ms_ = 0;
+
+  // In the order of their making; destroyed in reverse, the capture first:
+  // that frees the guest.
+  std::optional<Process> process_;
+  GuestMemory memory_;
+  std::optional<KsmPause> ksm_;
+  std::optional<Guard> guard_;
+  std::optional<AtomicFile> output_;
+  std::unique_ptr<ImageWriter> writer_;
+  std::unique_ptr<Capture> capture_;
+};
+
+}  // namespace vmsnap

@@ -1,0 +1,58 @@
+#include <algorithm>
+
+#include "formats/test_point.h"
+#include "snap/pause_command.h"
+#include "snap/snapshot.h"
+#include "snap/snapshot_job.h"
+#include "snap/vmm/thread_stop.h"
+
+namespace vmsnap {
+
+namespace {
+
+Result<std::vector<MemoryBlock>> to_memory_blocks(std::vector<RemoteRange> ranges) {
+  std::sort(ranges.begin(), ranges.end(),
+            [](const RemoteRange& a, const RemoteRange& b) { return a.start < b.start; });
+  std::vector<MemoryBlock> blocks;
+  for (const RemoteRange& range : ranges) {
+    if (!blocks.empty() && blocks.back().range.end() > range.start) {
+      return fail(ErrorCode::usage, "the ranges overlap at {:#x}", range.start.address());
+    }
+    blocks.push_back({fmt::format("range{}", blocks.size()), range, range.start.address(), 0});
+  }
+  return blocks;
+}
+
+}  // namespace
+
+Result<SnapshotSummary> snapshot_process(pid_t pid, std::vector<RemoteRange> ranges,
+                                         const SnapshotOptions& options,
+                                         const SnapshotProgress& progress) {
+  VMSNAP_TEST_POINT("snapshot.start");
+  SnapshotJob job(options, progress);
+  auto blocks = VMSNAP_TRY(to_memory_blocks(std::move(ranges)));
+  Process process = VMSNAP_TRY(Process::open(pid));
+  const nlohmann::json source = {
+      {"kind", "process"},
+      {"name", process.describe()},
+      {"executable", VMSNAP_TRY(process.executable())},
+      {"arguments", VMSNAP_TRY(process.arguments())},
+  };
+  VMSNAP_CHECK(job.prepare(std::move(process), std::move(blocks), nullptr));
+  job.pause_begins(/*resume_if_we_die=*/false);
+  {
+    // The kernel lets the threads go if we die in here.
+    ThreadStop stopped = VMSNAP_TRY(ThreadStop::stop(job.process()));
+    VMSNAP_TEST_POINT("pause.stopped");
+    if (!options.pause_command.empty()) {
+      VMSNAP_CHECK(run_pause_command(options.pause_command,
+                                     {"VMSNAP_ID=" + job.id(), fmt::format("VMSNAP_PID={}", pid)},
+                                     options.pause_command_limit));
+    }
+    VMSNAP_CHECK(job.arm());
+  }
+  job.pause_ended();
+  return job.finish(source, {});
+}
+
+}  // namespace vmsnap
