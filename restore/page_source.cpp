@@ -1,0 +1,142 @@
+#include "restore/page_source.h"
+
+#include <sys/eventfd.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace vmsnap {
+
+Result<std::unique_ptr<PageSource>> PageSource::start(const ImageReader& reader,
+                                                      const PageMarks& marks,
+                                                      const std::vector<ServedRange>& ranges,
+                                                      unsigned threads) {
+  std::unique_ptr<PageSource> source(new PageSource(reader, marks, ranges));
+  source->ready_ = Fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!source->ready_) return fail_errno(errno, "cannot make an eventfd");
+  // Each decoder may hold one while another waits to be taken, and the taker one.
+  const size_t slots = 2 * threads + 1;
+  for (size_t i = 0; i < slots; ++i) {
+    auto slot = std::make_unique<DecodedExtent>();
+    slot->bytes = std::make_unique<std::byte[]>(DecodedExtent::max_pages * page_size);
+    source->free_.push_back(slot.get());
+    source->slots_.push_back(std::move(slot));
+  }
+  source->decoders_running_ = threads;
+  for (unsigned i = 0; i < threads; ++i) {
+    source->threads_.emplace_back([s = source.get()] { s->run_decoder(); });
+  }
+  return source;
+}
+
+PageSource::~PageSource() {
+  {
+    std::lock_guard lock(queue_mutex_);
+    stop_ = true;
+  }
+  slot_free_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void PageSource::signal_ready() const {
+  const uint64_t one = 1;
+  // Cannot fail but for a full counter, which is readable all the same.
+  [[maybe_unused]] const ssize_t put = ::write(ready_.get(), &one, sizeof one);
+}
+
+DecodedExtent* PageSource::take() {
+  std::lock_guard lock(queue_mutex_);
+  if (decoded_.empty()) {
+    uint64_t ignored = 0;
+    [[maybe_unused]] const ssize_t got = ::read(ready_.get(), &ignored, sizeof ignored);
+    return nullptr;
+  }
+  DecodedExtent* extent = decoded_.front();
+  decoded_.pop_front();
+  return extent;
+}
+
+void PageSource::give_back(DecodedExtent* extent) {
+  {
+    std::lock_guard lock(queue_mutex_);
+    free_.push_back(extent);
+  }
+  slot_free_.notify_one();
+}
+
+bool PageSource::exhausted() const {
+  std::lock_guard lock(queue_mutex_);
+  return decoders_running_ == 0 && decoded_.empty() && free_.size() == slots_.size();
+}
+
+void PageSource::run_decoder() {
+  // The fill may wait, the guest's faults may not: on a machine with few cores
+  // the decoders must not take the server's.
+  ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), 5);
+  for (;;) {
+    DecodedExtent* extent = nullptr;
+    {
+      std::unique_lock lock(queue_mutex_);
+      slot_free_.wait(lock, [&] { return stop_ || !free_.empty(); });
+      if (stop_) break;
+      extent = free_.back();
+      free_.pop_back();
+    }
+    const bool claimed = claim(*extent);
+    if (claimed) decode(*extent);
+    std::lock_guard lock(queue_mutex_);
+    if (!claimed) {
+      free_.push_back(extent);
+      break;
+    }
+    decoded_.push_back(extent);
+    signal_ready();
+  }
+  std::lock_guard lock(queue_mutex_);
+  --decoders_running_;
+  signal_ready();
+}
+
+// Finds the next extent that has data; false when there is none.
+bool PageSource::claim(DecodedExtent& extent) {
+  std::lock_guard lock(claim_mutex_);
+  for (; next_range_ < ranges_.size(); ++next_range_, next_page_ = 0) {
+    const ServedRange& range = ranges_[next_range_];
+    const uint64_t end = range.first_page + range.page_count();
+    next_page_ = std::max(next_page_, range.first_page);
+    if (next_page_ >= end) continue;
+    // A part of the page tree that cannot be read: its pages are tried one by
+    // one, so that each is found unreadable.
+    const uint64_t page = reader_.next_data_page(next_page_).value_or(next_page_);
+    if (page >= end) continue;
+    const uint64_t index = (page - range.first_page) / DecodedExtent::max_pages;
+    extent.range = next_range_;
+    extent.first_page = range.first_page + index * DecodedExtent::max_pages;
+    extent.pages = std::min(DecodedExtent::max_pages, end - extent.first_page);
+    next_page_ = extent.first_page + extent.pages;
+    return true;
+  }
+  return false;
+}
+
+void PageSource::decode(DecodedExtent& extent) const {
+  for (uint64_t i = 0; i < extent.pages; ++i) {
+    const uint64_t page = extent.first_page + i;
+    const std::span<std::byte, page_size> out(extent.bytes.get() + i * page_size, page_size);
+    extent.states[i] = DecodedExtent::State::zero;
+    if (marks_.wanted(page)) {
+      const Result<PageKind> kind = reader_.read_page(page, out);
+      if (kind && *kind == PageKind::data) {
+        extent.states[i] = DecodedExtent::State::data;
+        continue;
+      }
+      if (!kind) extent.states[i] = DecodedExtent::State::unreadable;
+    }
+    std::memset(out.data(), 0, out.size());
+  }
+}
+
+}  // namespace vmsnap

@@ -1,0 +1,33 @@
+// `vmsnap restore --reattach DIR`: takes over from a page server that died.
+//
+// What is found by restore.json, and what is done:
+//
+//   starting ... loading   the VM was never complete; its guard has ended it.
+//                          If it is still there, it is ended now. ErrorCode::vm
+//                          says how to start again.
+//   loaded, running        QEMU still holds the userfaultfd, so its guest
+//                          waits. The descriptor is taken back, waiting faults
+//                          are raised again, and the fill goes on. A VM that
+//                          was to run and was not told so yet is told now.
+//   filled                 only closing the descriptor in QEMU was left to do
+//   complete, ended        nothing to do; says so
+#pragma once
+
+#include <string>
+
+#include "formats/command.h"
+
+namespace vmsnap {
+
+struct ReattachOptions {
+  std::string run_dir;
+  bool detach = false;
+  bool json = false;
+};
+
+// ErrorCode::exists while a page server is at work there, ErrorCode::damaged
+// when the directory or the image is not what it was, the codes of
+// serve_to_end(). Must be called while the process has one thread.
+Status reattach_vm(const ReattachOptions& options, CommandContext& context);
+
+}  // namespace vmsnap

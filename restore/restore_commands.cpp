@@ -1,0 +1,98 @@
+#include "restore/restore_commands.h"
+
+#include <memory>
+
+#include "restore/reattach.h"
+#include "restore/restore_vm.h"
+#include "restore/serve.h"
+
+namespace vmsnap {
+
+namespace {
+
+struct RestoreArguments {
+  RestoreOptions options;
+  std::vector<std::string> replacements;
+  std::string reattach;
+  bool dry_run = false;
+};
+
+Status run_restore(RestoreArguments& arguments, CommandContext& context) {
+  RestoreOptions& options = arguments.options;
+  if (!arguments.reattach.empty()) {
+    if (!options.image.empty() || !options.extra.empty()) {
+      return fail(ErrorCode::usage, "--reattach takes the image and the VM from its directory");
+    }
+    return reattach_vm({arguments.reattach, options.detach, options.json}, context);
+  }
+  if (options.image.empty()) {
+    return tl::unexpected(Error(ErrorCode::usage, "restore wants an image")
+                              .with_remedy("See vmsnap restore --help."));
+  }
+  for (const std::string& text : arguments.replacements) {
+    options.replacements.push_back(VMSNAP_TRY(parse_replacement(text)));
+  }
+  return arguments.dry_run ? print_launch_line(options, context) : restore_vm(options, context);
+}
+
+void add_restore(CLI::App& app, CommandContext& context) {
+  auto arguments = std::make_shared<RestoreArguments>();
+  CLI::App* command = app.add_subcommand(
+      "restore", "Start the VM of an image again; its memory comes as it is touched");
+  command->add_option("FILE", arguments->options.image, "The image");
+  command->add_option("--run-dir", arguments->options.run_dir,
+                      "Directory for sockets, logs and restore.json (default: a new one)");
+  command->add_option("--reattach", arguments->reattach,
+                      "Take over the VM of this run directory, whose page server died");
+  command->add_option("--replace", arguments->replacements,
+                      "OLD=NEW: change text in the recorded arguments; may be given again")
+      ->allow_extra_args(false);  // each takes one word, and none takes the "--"
+  command->add_option("--qemu", arguments->options.qemu,
+                      "Executable to start instead of the recorded one");
+  command->add_option("--chdir", arguments->options.chdir,
+                      "Directory to start it in instead of the recorded one");
+  command->add_flag("--start-paused", arguments->options.start_paused,
+                    "Leave the VM paused when it is loaded");
+  command->add_flag("--detach", arguments->options.detach,
+                    "Return when the guest runs; go on in the background");
+  command->add_flag("--dry-run", arguments->dry_run,
+                    "Print the command line that would be run, and nothing else");
+  command->add_flag("--json", arguments->options.json, "Print one JSON object");
+  command->add_option("QEMU_ARGUMENTS", arguments->options.extra,
+                      "After --: arguments to add; with the id of a recorded one, to replace it");
+  command->footer(
+      "Examples:\n"
+      "  vmsnap restore vm.img\n"
+      "  vmsnap restore vm.img --run-dir /run/copy --detach --json\n"
+      "  vmsnap restore vm.img --replace /disks/vm.qcow2=/disks/copy.qcow2\n"
+      "  vmsnap restore vm.img -- -netdev user,id=net0\n"
+      "  vmsnap restore --reattach /run/copy");
+  command->callback([arguments, &context] {
+    context.run = [arguments, &context] { return run_restore(*arguments, context); };
+  });
+}
+
+void add_serve(CLI::App& app, CommandContext& context) {
+  auto options = std::make_shared<ServeOptions>();
+  CLI::App* command =
+      app.add_subcommand("serve", "Serve pages of an image to Firecracker-style VMMs");
+  command->add_option("FILE", options->image, "The image")->required();
+  command->add_option("--socket", options->socket, "Unix socket to listen on")->required();
+  command->add_flag("--once", options->once, "End when the first VMM has gone");
+  command->footer(
+      "Examples:\n"
+      "  vmsnap serve vm.img --socket /run/uffd.sock\n"
+      "  vmsnap serve vm.img --socket /run/uffd.sock --once");
+  command->callback([options, &context] {
+    context.run = [options, &context] { return serve(*options, context); };
+  });
+}
+
+}  // namespace
+
+void add_restore_commands(CLI::App& app, CommandContext& context) {
+  add_restore(app, context);
+  add_serve(app, context);
+}
+
+}  // namespace vmsnap

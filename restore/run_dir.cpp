@@ -1,0 +1,241 @@
+#include "restore/run_dir.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstdlib>
+#include <filesystem>
+
+#include "snap/vmm/process.h"
+
+namespace vmsnap {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+constexpr std::array phase_names = {
+    std::string_view("starting"), std::string_view("launched"), std::string_view("registered"),
+    std::string_view("loading"),  std::string_view("loaded"),   std::string_view("running"),
+    std::string_view("filled"),   std::string_view("complete"), std::string_view("ended")};
+
+Error wrong(const char* field) {
+  return Error(ErrorCode::damaged, fmt::format("its \"{}\" is missing or wrong", field));
+}
+
+Result<uint64_t> number(const nlohmann::json& json, const char* field, uint64_t limit) {
+  const auto found = json.find(field);
+  if (found == json.end() || !found->is_number_integer() ||
+      (!found->is_number_unsigned() && found->get<int64_t>() < 0) ||
+      found->get<uint64_t>() > limit) {
+    return tl::unexpected(wrong(field));
+  }
+  return found->get<uint64_t>();
+}
+
+Result<std::string> text(const nlohmann::json& json, const char* field) {
+  const auto found = json.find(field);
+  if (found == json.end() || !found->is_string()) return tl::unexpected(wrong(field));
+  return found->get<std::string>();
+}
+
+Result<ServedRange> range_from_json(const nlohmann::json& json) {
+  if (!json.is_object()) return tl::unexpected(wrong("ranges"));
+  ServedRange range;
+  constexpr uint64_t limit = uint64_t{1} << 56;  // of a user address, five-level paging
+  range.name = VMSNAP_TRY(text(json, "name"));
+  range.range.start = RemotePtr(VMSNAP_TRY(number(json, "host", limit)));
+  range.range.length = VMSNAP_TRY(number(json, "length", limit));
+  range.first_page = VMSNAP_TRY(number(json, "first_page", limit / page_size));
+  range.unit = VMSNAP_TRY(number(json, "page_bytes", 1 << 30));
+  if (range.unit != page_size && range.unit != DecodedExtent::max_pages * page_size) {
+    return tl::unexpected(wrong("page_bytes"));
+  }
+  if (range.range.length == 0 || range.range.length % range.unit != 0 ||
+      range.range.start.address() % range.unit != 0) {
+    return tl::unexpected(wrong("ranges"));
+  }
+  return range;
+}
+
+Status check_no_overlap(std::vector<ServedRange> ranges) {
+  std::sort(ranges.begin(), ranges.end(), [](const ServedRange& a, const ServedRange& b) {
+    return a.range.start < b.range.start;
+  });
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].range.start < ranges[i - 1].range.end()) return tl::unexpected(wrong("ranges"));
+  }
+  return {};
+}
+
+Result<std::string> default_parent() {
+  std::string parent = "/run/vmsnap";
+  if (::geteuid() != 0) {
+    const char* runtime = std::getenv("XDG_RUNTIME_DIR");
+    if (!runtime || runtime[0] != '/') {
+      return tl::unexpected(Error(ErrorCode::usage, "there is no place for the run directory")
+                                .with_remedy("Give --run-dir, or set XDG_RUNTIME_DIR."));
+    }
+    parent = std::string(runtime) + "/vmsnap";
+  }
+  if (::mkdir(parent.c_str(), 0700) < 0 && errno != EEXIST) {
+    return fail_errno(errno, "cannot make directory {}", parent);
+  }
+  return parent;
+}
+
+}  // namespace
+
+std::string_view phase_name(RestorePhase phase) { return phase_names[static_cast<size_t>(phase)]; }
+
+nlohmann::json to_json(const RestoreRecord& record) {
+  nlohmann::json ranges = nlohmann::json::array();
+  for (const ServedRange& range : record.ranges) {
+    ranges.push_back({{"name", range.name},
+                      {"host", range.range.start.address()},
+                      {"length", range.range.length},
+                      {"first_page", range.first_page},
+                      {"page_bytes", range.unit}});
+  }
+  nlohmann::json json = {{"version", 1},
+                         {"phase", phase_name(record.phase)},
+                         {"image", record.image},
+                         {"image_id", record.image_id},
+                         {"qmp", record.qmp},
+                         {"pid", record.pid},
+                         {"start_time", record.start_time},
+                         {"server_pid", record.server_pid},
+                         {"resume", record.resume},
+                         {"ready_ms", record.ready_ms},
+                         {"ranges", std::move(ranges)},
+                         {"counters", record.counters}};
+  if (record.uffd >= 0) json["uffd"] = record.uffd;
+  return json;
+}
+
+Result<RestoreRecord> restore_record_from_json(const nlohmann::json& json) {
+  if (!json.is_object()) return fail(ErrorCode::damaged, "it is not a JSON object");
+  if (VMSNAP_TRY(number(json, "version", ~uint64_t{0})) != 1) {
+    return fail(ErrorCode::unsupported, "it was written by a newer vmsnap");
+  }
+  RestoreRecord record;
+  const std::string phase = VMSNAP_TRY(text(json, "phase"));
+  const auto named = std::find(phase_names.begin(), phase_names.end(), phase);
+  if (named == phase_names.end()) return tl::unexpected(wrong("phase"));
+  record.phase = static_cast<RestorePhase>(named - phase_names.begin());
+  record.image = VMSNAP_TRY(text(json, "image"));
+  record.image_id = VMSNAP_TRY(text(json, "image_id"));
+  record.qmp = VMSNAP_TRY(text(json, "qmp"));
+  constexpr uint64_t largest_pid = 1 << 22;
+  record.pid = static_cast<pid_t>(VMSNAP_TRY(number(json, "pid", largest_pid)));
+  record.start_time = VMSNAP_TRY(number(json, "start_time", ~uint64_t{0}));
+  record.server_pid = static_cast<pid_t>(VMSNAP_TRY(number(json, "server_pid", largest_pid)));
+  if (json.contains("uffd")) {
+    record.uffd = static_cast<int>(VMSNAP_TRY(number(json, "uffd", 1 << 30)));
+  }
+  const auto resume = json.find("resume");
+  if (resume == json.end() || !resume->is_boolean()) return tl::unexpected(wrong("resume"));
+  record.resume = resume->get<bool>();
+  const auto ready = json.find("ready_ms");
+  if (ready == json.end() || !ready->is_number()) return tl::unexpected(wrong("ready_ms"));
+  record.ready_ms = ready->get<double>();
+  const auto ranges = json.find("ranges");
+  if (ranges == json.end() || !ranges->is_array()) return tl::unexpected(wrong("ranges"));
+  for (const nlohmann::json& range : *ranges) {
+    record.ranges.push_back(VMSNAP_TRY(range_from_json(range)));
+  }
+  VMSNAP_CHECK(check_no_overlap(record.ranges));
+  if (json.contains("counters")) record.counters = json["counters"];
+  return record;
+}
+
+Status RunDir::take_lock() {
+  lock_ = VMSNAP_TRY(open_file(file("lock"), O_RDWR | O_CREAT | O_NOFOLLOW));
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  if (::fcntl(lock_.get(), F_OFD_SETLK, &lock) == 0) return {};
+  if (errno != EAGAIN && errno != EACCES) return fail_errno(errno, "cannot lock {}", file("lock"));
+  std::string owner;
+  if (const auto record = read()) owner = fmt::format(" (process {})", record->server_pid);
+  return tl::unexpected(
+      Error(ErrorCode::exists, fmt::format("a page server{} is at work in {}", owner, path_))
+          .with_remedy("Choose another --run-dir; there is nothing to take over."));
+}
+
+Result<RunDir> RunDir::open(const std::string& path) {
+  RunDir dir;
+  std::error_code failed;
+  dir.path_ = fs::canonical(path, failed).string();
+  if (failed) return fail_errno(failed.value(), "cannot open the run directory {}", path);
+  VMSNAP_CHECK(dir.take_lock());
+  return dir;
+}
+
+Result<RunDir> RunDir::create(const std::string& path) {
+  RunDir dir;
+  if (path.empty()) {
+    std::string name = VMSNAP_TRY(default_parent()) + "/vmsnap-XXXXXX";
+    if (!::mkdtemp(name.data())) return fail_errno(errno, "cannot make directory {}", name);
+    dir.path_ = name;
+    dir.made_ = true;
+  } else {
+    dir.made_ = ::mkdir(path.c_str(), 0700) == 0;
+    if (!dir.made_ && errno != EEXIST) return fail_errno(errno, "cannot make directory {}", path);
+    std::error_code failed;
+    dir.path_ = fs::canonical(path, failed).string();
+    if (failed) return fail_errno(failed.value(), "cannot open the run directory {}", path);
+  }
+  VMSNAP_CHECK(dir.take_lock());
+  if (fs::exists(dir.file("restore.json"))) {
+    const RestoreRecord before = VMSNAP_TRY(dir.read());
+    const auto process = before.pid > 0 ? Process::open(before.pid)
+                                        : Result<Process>(fail(ErrorCode::vm, "none"));
+    if (process && process->start_time() == before.start_time) {
+      return tl::unexpected(Error(ErrorCode::exists, fmt::format("{} still runs in {}",
+                                                                 process->describe(), dir.path_))
+                                .with_remedy("Choose another --run-dir, or end that VM first."));
+    }
+  }
+  return dir;
+}
+
+Status RunDir::write(const RestoreRecord& record) const {
+  // A name from somebody's command line need not be UTF-8.
+  const std::string text =
+      to_json(record).dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  return write_small_file(file("restore.json"), text);
+}
+
+Result<RestoreRecord> RunDir::read() const {
+  const std::string name = file("restore.json");
+  const std::string contents = VMSNAP_TRY(read_small_file(name, 4 << 20));
+  auto record = restore_record_from_json(
+      nlohmann::json::parse(contents, nullptr, /*allow_exceptions=*/false));
+  if (record) return record;
+  return tl::unexpected(
+      std::move(record).error().with_context(name).with_remedy("Choose another --run-dir."));
+}
+
+void RunDir::undo() {
+  std::error_code ignored;
+  if (made_) {
+    fs::remove_all(path_, ignored);
+    return;
+  }
+  for (const char* name : {"restore.json", "pages", "qmp.sock", "qemu.pid", "lock"}) {
+    fs::remove(file(name), ignored);
+  }
+}
+
+void RunDir::finish() {
+  std::error_code ignored;
+  fs::remove(file("pages"), ignored);
+  fs::remove(file("lock"), ignored);
+}
+
+}  // namespace vmsnap

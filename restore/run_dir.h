@@ -1,0 +1,93 @@
+// The directory of one restored VM, and what is written down there so that
+// another page server can take over.
+//
+//   restore.json   who is served from what, how far it got (RestoreRecord)
+//   pages          two bits a page: given, given back (page_marks.h)
+//   lock           held by the living page server (fcntl(2), open file
+//                  description), whatever process number it has
+//   qmp.sock qemu.pid qemu.log vmsnap.log serialN.log ...
+//
+// What is read back from restore.json is checked before it is believed: the
+// file may be another version's, or edited.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "formats/error.h"
+#include "formats/file.h"
+#include "restore/page_source.h"
+
+namespace vmsnap {
+
+// How far a restore got. What a successor does about it is in reattach.h.
+enum class RestorePhase {
+  starting,    // nothing of the VM is there
+  launched,    // QEMU was started and waits
+  registered,  // its memory is watched
+  loading,     // its device state is on its way
+  loaded,      // complete but for pages; it may run from here on
+  running,     // it was told to run
+  filled,      // all pages are there, its memory is no longer watched
+  complete,    // and it is on its own
+  ended,       // it died before
+};
+std::string_view phase_name(RestorePhase phase);
+
+struct RestoreRecord {
+  RestorePhase phase = RestorePhase::starting;
+  std::string image;       // absolute path
+  std::string image_id;
+  std::string qmp;         // socket path
+  pid_t pid = 0;           // of QEMU; 0: none yet
+  uint64_t start_time = 0; // proc(5) stat field 22: with pid, names the process
+  int uffd = -1;           // descriptor number in QEMU
+  pid_t server_pid = 0;    // of the page server, for people
+  bool resume = true;      // the VM is to run when it is loaded
+  double ready_ms = 0;     // from the command to the running guest
+  std::vector<ServedRange> ranges;
+  nlohmann::json counters = nlohmann::json::object();  // for people
+};
+
+nlohmann::json to_json(const RestoreRecord& record);
+// ErrorCode::damaged names the field that is wrong. Ranges come back page
+// aligned, not empty, without overflow and without overlap.
+Result<RestoreRecord> restore_record_from_json(const nlohmann::json& json);
+
+class RunDir {
+ public:
+  // Makes `path` (mode 0700; empty: a new directory under /run/vmsnap, or
+  // $XDG_RUNTIME_DIR/vmsnap for others than root), or takes an existing one,
+  // and locks it. ErrorCode::exists when a VM that was restored there still
+  // runs or a page server has it.
+  static Result<RunDir> create(const std::string& path);
+  // An existing one, for taking over. ErrorCode::exists when a page server has it.
+  static Result<RunDir> open(const std::string& path);
+
+  const std::string& path() const { return path_; }
+  std::string file(std::string_view name) const { return path_ + "/" + std::string(name); }
+
+  // restore.json, replaced as a whole.
+  Status write(const RestoreRecord& record) const;
+  Result<RestoreRecord> read() const;
+
+  // Removes what create() and a failed restore made: the directory if it was
+  // ours, else our files in it, but for the logs.
+  void undo();
+  // Removes what only a page server needs.
+  void finish();
+
+ private:
+  RunDir() = default;
+  Status take_lock();
+
+  std::string path_;
+  bool made_ = false;
+  Fd lock_;
+};
+
+}  // namespace vmsnap

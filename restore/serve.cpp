@@ -1,0 +1,247 @@
+#include "restore/serve.h"
+
+#include <poll.h>
+#include <sys/syscall.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+#include "formats/file.h"
+#include "formats/interrupt.h"
+#include "formats/log.h"
+#include "restore/firecracker.h"
+#include "restore/page_server.h"
+
+namespace vmsnap {
+
+namespace {
+
+// Newer than Debian 12's headers (Linux 6.5).
+constexpr int so_peerpidfd = 77;
+
+Result<sockaddr_un> address_of(const std::string& path) {
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof address.sun_path) {
+    return fail(ErrorCode::usage, "the socket path {} is too long (at most {} bytes)", path,
+                sizeof address.sun_path - 1);
+  }
+  std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
+  return address;
+}
+
+// A socket file without a listener is what a killed server left.
+Status remove_stale(const std::string& path, const sockaddr_un& address) {
+  struct stat about = {};
+  if (::lstat(path.c_str(), &about) < 0) return {};
+  if (!S_ISSOCK(about.st_mode)) {
+    return tl::unexpected(Error(ErrorCode::exists, path + " exists and is no socket")
+                              .with_remedy("Choose another --socket."));
+  }
+  const Fd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  if (!probe) return fail_errno(errno, "cannot make a socket");
+  if (::connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0 ||
+      errno != ECONNREFUSED) {
+    return tl::unexpected(Error(ErrorCode::exists, "somebody listens on " + path + " already")
+                              .with_remedy("Choose another --socket, or end that server."));
+  }
+  if (::unlink(path.c_str()) < 0) return fail_errno(errno, "cannot replace {}", path);
+  return {};
+}
+
+Result<Fd> listen_on(const std::string& path) {
+  const sockaddr_un address = VMSNAP_TRY(address_of(path));
+  VMSNAP_CHECK(remove_stale(path, address));
+  Fd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!listener) return fail_errno(errno, "cannot make a socket");
+  // The file must never be there for others, not even for a moment.
+  const mode_t before = ::umask(0177);
+  const int bound =
+      ::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address);
+  const int why = errno;
+  ::umask(before);
+  if (bound < 0) return fail_errno(why, "cannot make the socket {}", path);
+  if (::listen(listener.get(), 16) < 0) return fail_errno(errno, "cannot listen on {}", path);
+  return listener;
+}
+
+struct Peer {
+  Fd pidfd;
+  std::string name = "a VMM";
+};
+
+Peer peer_of(int socket) {
+  Peer peer;
+  ucred credentials = {};
+  socklen_t length = sizeof credentials;
+  if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &length) < 0) return peer;
+  if (credentials.pid <= 0) return peer;  // in a pid namespace that we cannot see
+  peer.name = fmt::format("VMM {}", credentials.pid);
+  int fd = -1;
+  length = sizeof fd;
+  if (::getsockopt(socket, SOL_SOCKET, so_peerpidfd, &fd, &length) < 0) {
+    fd = static_cast<int>(::syscall(SYS_pidfd_open, credentials.pid, 0));
+  }
+  peer.pidfd = Fd(fd);
+  return peer;
+}
+
+// One VMM, from its connection to its end.
+class Session {
+ public:
+  Session(Fd connection, const ImageReader& image)
+      : connection_(std::move(connection)), image_(image), thread_([this] { run(); }) {}
+  ~Session() {
+    stop();
+    thread_.join();
+  }
+
+  bool ended() const { return ended_.load(); }
+  bool was_served() const { return was_served_.load(); }
+  uint64_t unreadable() const { return unreadable_.load(); }
+  void stop() {
+    std::lock_guard lock(mutex_);
+    stopped_ = true;
+    if (server_) server_->stop();
+  }
+
+ private:
+  void run() {
+    const Peer peer = peer_of(connection_.get());
+    const Status served = serve(peer);
+    if (!served && served.error().code() != ErrorCode::interrupted) {
+      log_line(LogLevel::error, fmt::format("{}: {}", peer.name, served.error().message()));
+    }
+    connection_.reset();
+    ended_.store(true);
+  }
+
+  Status serve(const Peer& peer) {
+    Handshake handshake = VMSNAP_TRY(receive_handshake(connection_.get(), image_.page_count()));
+    const Uffd uffd = Uffd::adopt(std::move(handshake.uffd));
+    PageMarks marks = VMSNAP_TRY(PageMarks::in_memory(image_.page_count()));
+    PageServerOptions options;
+    options.release = false;
+    options.pidfd = peer.pidfd.get();
+    options.vm = peer.name;
+    log_info("{}: serving {} regions", peer.name, handshake.ranges.size());
+    PageServer server(uffd, image_, marks, std::move(handshake.ranges), std::move(options));
+    {
+      std::lock_guard lock(mutex_);
+      if (stopped_) return {};
+      server_ = &server;
+    }
+    const Result<ServeEnd> end = server.serve();
+    {
+      std::lock_guard lock(mutex_);
+      server_ = nullptr;
+    }
+    const PageServerCounters counters = server.counters();
+    unreadable_.store(counters.poisoned + counters.left_missing);
+    if (!end) return tl::unexpected(end.error());
+    was_served_.store(true);
+    log_info("{}: {}; {} faults answered, {} pages by faults, {} in the background", peer.name,
+             *end == ServeEnd::vm_gone ? "it is gone" : "no longer served", counters.faults,
+             counters.filled_by_fault, counters.filled_by_background);
+    return {};
+  }
+
+  Fd connection_;
+  const ImageReader& image_;
+  std::mutex mutex_;
+  PageServer* server_ = nullptr;  // while it serves
+  bool stopped_ = false;
+  std::atomic<bool> ended_ = false, was_served_ = false;
+  std::atomic<uint64_t> unreadable_ = 0;
+  std::thread thread_;  // last: it uses the others
+};
+
+// Accepts what waits, drops what has ended. Returns the first session that was
+// served and has ended, if there is one.
+class SessionList {
+ public:
+  static constexpr size_t limit = 256;
+
+  Status accept_all(int listener, const ImageReader& image) {
+    while (sessions_.size() < limit) {
+      Fd connection(::accept4(listener, nullptr, nullptr, SOCK_CLOEXEC));
+      if (!connection) {
+        if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED) return {};
+        if (errno == EMFILE || errno == ENFILE) {
+          log_warning("a VMM has to wait: too many open files");
+          return {};
+        }
+        return fail_errno(errno, "cannot accept a connection");
+      }
+      sessions_.push_back(std::make_unique<Session>(std::move(connection), image));
+    }
+    return {};
+  }
+
+  // Drops the sessions that have ended; true if one of them was a VMM's.
+  bool reap() {
+    bool one_left = false;
+    for (auto it = sessions_.begin(); it != sessions_.end();) {
+      if (!(*it)->ended()) {
+        ++it;
+        continue;
+      }
+      one_left |= (*it)->was_served();
+      unreadable_ += (*it)->unreadable();
+      it = sessions_.erase(it);
+    }
+    return one_left;
+  }
+
+  uint64_t unreadable() const { return unreadable_; }
+
+ private:
+  std::list<std::unique_ptr<Session>> sessions_;
+  uint64_t unreadable_ = 0;
+};
+
+class SocketFile {
+ public:
+  explicit SocketFile(std::string path) : path_(std::move(path)) {}
+  ~SocketFile() { ::unlink(path_.c_str()); }
+
+ private:
+  std::string path_;
+};
+
+}  // namespace
+
+Status serve(const ServeOptions& options, CommandContext& context) {
+  install_interrupt_handlers();
+  const auto image = VMSNAP_TRY(ImageReader::open(options.image));
+  const Fd listener = VMSNAP_TRY(listen_on(options.socket));
+  const SocketFile file(options.socket);
+  context.out << fmt::format("serving {} ({} pages) on {}\n", options.image, image->page_count(),
+                             options.socket)
+              << std::flush;
+  SessionList sessions;
+  for (;;) {
+    VMSNAP_CHECK(check_interrupted());
+    // The limit is for what no descriptor tells of: a session that ended, a
+    // signal that another thread took.
+    pollfd incoming = {listener.get(), POLLIN, 0};
+    if (::poll(&incoming, 1, 100) > 0) VMSNAP_CHECK(sessions.accept_all(listener.get(), *image));
+    if (sessions.reap() && options.once) break;
+  }
+  if (sessions.unreadable() == 0) return {};
+  return tl::unexpected(Error(ErrorCode::poisoned,
+                              fmt::format("{} pages of {} could not be read back",
+                                          sessions.unreadable(), options.image))
+                            .with_remedy("vmsnap verify names what is damaged."));
+}
+
+}  // namespace vmsnap

@@ -1,0 +1,215 @@
+#include "restore/served_vm.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <iostream>
+
+#include "formats/interrupt.h"
+#include "formats/log.h"
+#include "restore/progress.h"
+#include "snap/vmm/handover.h"
+
+namespace vmsnap {
+
+Result<uint64_t> wanted_features() {
+  const uint64_t offered = VMSNAP_TRY(Uffd::kernel_features());
+  return page_server_features | (offered & uffd_feature::poison);
+}
+
+std::unique_ptr<Serving> Serving::start(ServedVm& vm) {
+  PageServerOptions options;
+  options.pidfd = vm.process.pidfd();
+  options.vm = vm.process.describe();
+  const auto features = Uffd::kernel_features();
+  options.use_poison = features && (*features & uffd_feature::poison);
+  std::unique_ptr<Serving> serving(new Serving());
+  serving->server_ = std::make_unique<PageServer>(vm.uffd, *vm.image, vm.marks, vm.record.ranges,
+                                                  std::move(options));
+  serving->thread_ = std::thread([s = serving.get()] {
+    s->end_ = s->server_->serve();
+    s->ended_.store(true);
+  });
+  return serving;
+}
+
+Serving::~Serving() { (void)stop(); }
+
+Result<ServeEnd> Serving::stop() {
+  server_->stop();
+  return wait();
+}
+
+Result<ServeEnd> Serving::wait() {
+  if (thread_.joinable()) thread_.join();
+  return *end_;
+}
+
+nlohmann::json to_json(const PageServerCounters& counters) {
+  return {{"filled_by_fault", counters.filled_by_fault},
+          {"filled_by_background", counters.filled_by_background},
+          {"found_filled", counters.found_filled},
+          {"removed", counters.removed},
+          {"poisoned", counters.poisoned},
+          {"left_missing", counters.left_missing},
+          {"faults", counters.faults}};
+}
+
+namespace {
+
+double ms_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+}
+
+void print_summary(const ServedVm& vm, const PageServerCounters& counters,
+                   const ServeManner& manner, CommandContext& context) {
+  const ImageSummary& image = vm.image->summary();
+  if (manner.json) {
+    nlohmann::json pages = to_json(counters);
+    pages.erase("faults");
+    pages["total"] = image.page_count;
+    pages["zero"] = image.zero_pages;
+    const nlohmann::json summary = {
+        {"id", vm.record.image_id},
+        {"run_dir", vm.dir.path()},
+        {"pid", vm.record.pid},
+        {"qmp", vm.record.qmp},
+        {"phase", phase_name(vm.record.phase)},
+        {"ready_ms", vm.record.ready_ms},
+        {"total_ms", ms_since(manner.started)},
+        {"pages", std::move(pages)},
+        {"faults", counters.faults},
+        {"fault_us",
+         {{"p50", counters.fault_us.p50}, {"p99", counters.fault_us.p99}, {"max", counters.fault_us.max}}}};
+    context.out << summary.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+  } else {
+    context.out << fmt::format(
+        "{} {} after {:.1f} ms in {}\n"
+        "  monitor {}\n"
+        "  pages   {} zero, {} by faults, {} in the background, {} of {} to come\n"
+        "  faults  {}, answered in {:.0f} us (median), {:.0f} us (99 %), {:.0f} us (longest)\n",
+        vm.process.describe(), vm.record.resume ? "runs" : "is paused", vm.record.ready_ms,
+        vm.dir.path(), vm.record.qmp, image.zero_pages, counters.filled_by_fault,
+        counters.filled_by_background + counters.found_filled,
+        counters.data_pages - std::min(counters.data_pages, counters.filled()),
+        counters.data_pages, counters.faults, counters.fault_us.p50, counters.fault_us.p99,
+        counters.fault_us.max);
+  }
+  context.out.flush();
+}
+
+// After the page server: writes down how it ended and lets go of the VM.
+Status conclude(ServedVm& vm, const Result<ServeEnd>& end, const PageServerCounters& counters) {
+  vm.record.counters = to_json(counters);
+  vm.record.server_pid = 0;
+  if (!end) {
+    (void)vm.dir.write(vm.record);
+    return tl::unexpected(Error(end.error()).with_remedy(fmt::format(
+        "The VM waits for its memory: vmsnap restore --reattach {}", vm.dir.path())));
+  }
+  if (*end == ServeEnd::vm_gone) {
+    vm.record.phase = RestorePhase::ended;
+    VMSNAP_CHECK(vm.dir.write(vm.record));
+    vm.dir.finish();
+    return fail(ErrorCode::vm, "process {} ended before all of its memory was there",
+                vm.record.pid);
+  }
+  vm.record.phase = RestorePhase::filled;
+  VMSNAP_CHECK(vm.dir.write(vm.record));
+  if (counters.left_missing > 0) {
+    return tl::unexpected(
+        Error(ErrorCode::poisoned,
+              fmt::format("{} pages of {} cannot be read back; what touches them in process {} "
+                          "waits for ever",
+                          counters.left_missing, vm.record.image, vm.record.pid))
+            .with_remedy(fmt::format("If the image can be repaired: vmsnap restore --reattach {}",
+                                     vm.dir.path())));
+  }
+  VMSNAP_CHECK(close_in_process(vm.process, vm.record.uffd));
+  vm.uffd.close();
+  vm.record.phase = RestorePhase::complete;
+  VMSNAP_CHECK(vm.dir.write(vm.record));
+  vm.dir.finish();
+  if (counters.poisoned == 0) return {};
+  return tl::unexpected(
+      Error(ErrorCode::poisoned,
+            fmt::format("{} pages of {} could not be read back and are poisoned in process {}",
+                        counters.poisoned, vm.record.image, vm.record.pid))
+          .with_remedy("The guest meets a memory error where it touches one; vmsnap verify names "
+                       "what is damaged."));
+}
+
+// The child's side of going into the background: no terminal, its own log.
+void become_background(const RunDir& dir) {
+  ::setsid();
+  // SIGTERM ends it like any process: the guest waits, --reattach goes on.
+  for (const int number : {SIGINT, SIGHUP}) ::signal(number, SIG_IGN);
+  ::signal(SIGTERM, SIG_DFL);
+  const int null = ::open("/dev/null", O_RDWR | O_CLOEXEC);
+  const int log = ::open(dir.file("vmsnap.log").c_str(),
+                         O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
+  ::dup2(null, 0);
+  ::dup2(null, 1);
+  ::dup2(log >= 0 ? log : null, 2);
+  set_log_sink([](LogLevel level, std::string_view line) {
+    if (level == LogLevel::debug) return;
+    timespec now = {};
+    ::clock_gettime(CLOCK_REALTIME, &now);
+    const std::string text = fmt::format("{}.{:03} {}\n", now.tv_sec, now.tv_nsec / 1000000, line);
+    [[maybe_unused]] const ssize_t put = ::write(2, text.data(), text.size());
+  });
+}
+
+// Goes on serving in a child; returns its number, here in the parent. The
+// guest's faults wait for the millisecond in between.
+Result<pid_t> serve_in_background(ServedVm& vm) {
+  const pid_t child = ::fork();
+  if (child < 0) return fail_errno(errno, "cannot start a background process");
+  if (child > 0) return child;
+  become_background(vm.dir);
+  vm.record.server_pid = ::getpid();
+  Status written = vm.dir.write(vm.record);
+  if (!written) log_warning("{}", written.error().message());
+  const auto serving = Serving::start(vm);
+  const Result<ServeEnd> end = serving->wait();
+  const Status concluded = conclude(vm, end, serving->counters());
+  if (concluded) {
+    log_info("all pages are there");
+    ::_exit(0);
+  }
+  log_line(LogLevel::error, concluded.error().message());
+  ::_exit(exit_status(concluded.error().code()));
+}
+
+}  // namespace
+
+Status serve_to_end(ServedVm& vm, std::unique_ptr<Serving> serving, const ServeManner& manner,
+                    CommandContext& context) {
+  RestoreProgress progress(context);
+  while (!manner.detach && !serving->ended() && !interrupted()) {
+    ::usleep(20000);
+    progress.show(serving->counters());
+  }
+  progress.clear();
+  const bool was_interrupted = !manner.detach && !serving->ended();
+  const Result<ServeEnd> end = serving->stop();
+  const PageServerCounters counters = serving->counters();
+  serving.reset();
+  if (!end || *end != ServeEnd::stopped) {
+    const Status concluded = conclude(vm, end, counters);
+    if (end && *end == ServeEnd::filled) print_summary(vm, counters, manner, context);
+    return concluded;
+  }
+
+  const pid_t server = VMSNAP_TRY(serve_in_background(vm));
+  print_summary(vm, counters, manner, context);
+  if (!was_interrupted) return {};
+  return fail(ErrorCode::interrupted,
+              "interrupted; the VM runs, and process {} goes on loading its memory (log: {})",
+              server, vm.dir.file("vmsnap.log"));
+}
+
+}  // namespace vmsnap
