@@ -1,0 +1,73 @@
+"""What must hold for a process after anything was done to it."""
+
+import os
+import pathlib
+import re
+
+import harness
+
+
+def open_files(pid):
+    """What the process has open, without the numbers."""
+    found = []
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            found.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
+        except FileNotFoundError:
+            pass
+    return sorted(re.sub(r":\[\d+\]", "", name) for name in found)
+
+
+def assert_not_traced(pid):
+    for task in os.listdir(f"/proc/{pid}/task"):
+        try:
+            status = pathlib.Path(f"/proc/{pid}/task/{task}/status").read_text()
+        except FileNotFoundError:
+            continue
+        tracer = re.search(r"TracerPid:\s*(\d+)", status).group(1)
+        assert tracer == "0", f"thread {task} of {pid} is traced by {tracer}"
+        state = re.search(r"State:\s*(\S)", status).group(1)
+        assert state not in "tT", f"thread {task} of {pid} is left stopped ({state})"
+
+
+def ranges_with_userfault(pid):
+    """Mappings that are registered with a uffd: flags um (missing) or uw."""
+    found, current = [], ""
+    for line in pathlib.Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            current = line
+        elif line.startswith("VmFlags:") and {"um", "uw", "ui"} & set(line.split()[1:]):
+            found.append(current)
+    return found
+
+
+def assert_no_userfault(pid):
+    """The last reference may go a moment after its holder's death."""
+    harness.wait_until(lambda: not ranges_with_userfault(pid),
+                       f"process {pid} to have no uffd left", limit=20)
+
+
+def assert_unharmed(pid, files_before=None):
+    """Nothing of us is left in a process that we attached to."""
+    assert harness.is_running(pid), f"process {pid} is gone"
+    assert_not_traced(pid)
+    assert_no_userfault(pid)
+    if files_before is not None:
+        # A monitor connection closes when QEMU's main loop comes round.
+        harness.wait_until(lambda: len(open_files(pid)) <= len(files_before),
+                           f"process {pid} to have no file more open than before "
+                           f"({set(open_files(pid)) - set(files_before)})", limit=20)
+
+
+def assert_running(machine, files_before=None):
+    """A guest that runs, gets on, and has nothing of us in it."""
+    harness.wait_until(lambda: machine.status() == "running",
+                       f"the VM to run (it is {machine.status()})", limit=30)
+    machine.wait_for_progress()
+    assert_unharmed(machine.pid, files_before)
+
+
+def assert_only(folder, *names):
+    """Nothing else is in a directory: no temporary file stayed."""
+    found = sorted(entry.name for entry in pathlib.Path(folder).iterdir())
+    assert found == sorted(names), f"{folder} holds {found}, expected {sorted(names)}"

@@ -1,0 +1,160 @@
+#!/usr/bin/python3
+"""A small Linux guest: Debian's cloud kernel and a busybox initramfs.
+
+The kernel is fetched as a package and unpacked, not installed, and kept in
+tests/cache. The guest prints "tick N" five times a second and "memcheck N ok"
+each time it has copied a file of random data within its memory and found the
+copy equal and the original's checksum unchanged.
+
+Run as a program, it builds both and prints their paths (tests/demo does that).
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+CACHE = pathlib.Path(__file__).resolve().parents[1] / "cache"
+META_PACKAGE = "linux-image-cloud-amd64"
+
+# In this order; for a balloon, which gives guest memory back while the VM runs.
+MODULES = ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
+           "virtio_pci", "virtio_balloon"]
+
+INIT = """#!/bin/sh
+# The only process tree of the guest.
+export PATH=/bin
+/bin/busybox mkdir -p /bin /proc /sys /dev /work
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+exec </dev/ttyS0 >/dev/ttyS0 2>&1
+mount -t tmpfs -o size=80% work /work
+for module in @MODULES@; do
+  insmod /modules/$module.ko
+done
+
+# Ticks: the console shows that time goes on. The interval is the sleep's.
+(
+  n=0
+  while :; do
+    n=$((n + 1))
+    echo "tick $n"
+    sleep 0.2
+  done
+) &
+
+# Memory that must stay right: a file, its checksum, and ever new copies of it.
+dd if=/dev/urandom of=/work/original bs=1M count=@MIB@ 2>/dev/null
+sum=$(sha256sum </work/original)
+n=0
+while :; do
+  n=$((n + 1))
+  cp /work/original /work/copy
+  if cmp /work/original /work/copy && [ "$(sha256sum </work/original)" = "$sum" ]; then
+    echo "memcheck $n ok"
+  else
+    echo "MEMCHECK FAILED in round $n"
+  fi
+  rm /work/copy
+done
+"""
+
+
+def _run(*command, **options):
+    return subprocess.run(list(map(str, command)), check=True, **options)
+
+
+def kernel():
+    """The path of a Debian cloud kernel, from the cache or fetched; the modules
+    lie beside it."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    cached = sorted(CACHE.glob("kernel-*/vmlinuz"))
+    if cached:
+        return cached[-1]
+    depends = _run("apt-cache", "depends", META_PACKAGE, stdout=subprocess.PIPE, text=True).stdout
+    package = re.search(r"Depends: (linux-image-\S+)", depends)
+    if not package:
+        raise RuntimeError(f"apt knows no kernel below {META_PACKAGE}: {depends!r}; "
+                           "run apt-get update")
+    # apt drops its privileges for a download, so the directory is open to it.
+    with tempfile.TemporaryDirectory(prefix="vmsnap-kernel-") as folder:
+        os.chmod(folder, 0o777)
+        try:
+            _run("apt-get", "-qq", "download", package.group(1), cwd=folder)
+        except subprocess.CalledProcessError:  # gone from the mirror since the lists came
+            _run("apt-get", "-qq", "update")
+            _run("apt-get", "-qq", "download", package.group(1), cwd=folder)
+        archive = next(pathlib.Path(folder).glob("*.deb"))
+        _run("dpkg-deb", "-x", archive, f"{folder}/root")
+        root = pathlib.Path(folder) / "root"
+        part = pathlib.Path(tempfile.mkdtemp(prefix=".part-", dir=CACHE))
+        part.chmod(0o755)
+        shutil.copyfile(next(root.glob("boot/vmlinuz-*")), part / "vmlinuz")
+        for name in MODULES:
+            shutil.copyfile(next(root.rglob(f"{name}.ko")), part / f"{name}.ko")
+        # Renamed into place, so that a broken run leaves no half of a kernel.
+        final = CACHE / package.group(1).replace("linux-image", "kernel")
+        part.rename(final)
+    return final / "vmlinuz"
+
+
+def initramfs(mib=8):
+    """The path of an initramfs whose memory check uses a file of `mib` MiB."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    target = CACHE / f"initramfs-{mib}.cpio.gz"
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        raise RuntimeError("busybox is not installed (package busybox-static)")
+    with tempfile.TemporaryDirectory(prefix="vmsnap-initramfs-") as folder:
+        root = pathlib.Path(folder)
+        (root / "bin").mkdir()
+        (root / "dev").mkdir()
+        shutil.copy(busybox, root / "bin/busybox")
+        (root / "bin/sh").symlink_to("busybox")
+        (root / "modules").mkdir()
+        for name in MODULES:
+            shutil.copy(kernel().parent / f"{name}.ko", root / "modules")
+        (root / "init").write_text(INIT.replace("@MIB@", str(mib))
+                                   .replace("@MODULES@", " ".join(MODULES)))
+        (root / "init").chmod(0o755)
+        part = CACHE / f".{target.name}.{os.getpid()}"
+        with open(part, "wb") as out:
+            names = "\n".join(sorted(str(path.relative_to(root)) for path in root.rglob("*")))
+            archive = _run("cpio", "--quiet", "-o", "-H", "newc", "-R", "0:0", cwd=root,
+                           input=names.encode(), stdout=subprocess.PIPE).stdout
+            out.write(_run("gzip", "-1n", input=archive, stdout=subprocess.PIPE).stdout)
+        part.rename(target)
+    return target
+
+
+def boot_arguments(mib=8):
+    """What QEMU needs to boot it."""
+    return ["-kernel", str(kernel()), "-initrd", str(initramfs(mib)),
+            "-append", "console=ttyS0 quiet panic=-1 rdinit=/init"]
+
+
+def ticks(console):
+    """The last tick on a console's text; 0 before the first."""
+    found = re.findall(r"^tick (\d+)\s*$", console, re.MULTILINE)
+    return int(found[-1]) if found else 0
+
+
+def memory_checks(console):
+    """The number of the last memory check that was right; raises if one failed."""
+    if "MEMCHECK FAILED" in console:
+        raise AssertionError(f"the guest's memory is wrong; its console:\n{console[-2000:]}")
+    found = re.findall(r"^memcheck (\d+) ok\s*$", console, re.MULTILINE)
+    return int(found[-1]) if found else 0
+
+
+if __name__ == "__main__":
+    try:
+        print(kernel())
+        print(initramfs(int(sys.argv[1]) if len(sys.argv) > 1 else 8))
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        sys.exit(f"linux_guest.py: {error}")

@@ -1,0 +1,81 @@
+"""What the tests change in the machine, and change back: swap, huge pages, KSM."""
+
+import os
+import pathlib
+import signal
+import subprocess
+
+import harness
+
+KSM = pathlib.Path("/sys/kernel/mm/ksm")
+HUGE_PAGES = pathlib.Path("/proc/sys/vm/nr_hugepages")
+
+
+def add_swap(world, mib=512):
+    """Adds a swap file for the time of the test."""
+    path = world.path("swap")
+    with open(path, "wb") as file:
+        path.chmod(0o600)
+        for _ in range(mib):  # swapon refuses holes
+            file.write(bytes(1 << 20))
+    subprocess.run(["mkswap", "-q", path], check=True)
+    done = subprocess.run(["swapon", path], capture_output=True, text=True, check=False)
+    harness.need(done.returncode == 0, "swap", done.stderr.strip())
+    world.at_end(lambda: subprocess.run(["swapoff", path], check=True))
+
+
+def add_huge_pages(world, mib):
+    """Has the kernel set aside huge pages for the time of the test."""
+    harness.need(HUGE_PAGES.exists(), "hugetlb", "the kernel has no hugetlbfs")
+    before = HUGE_PAGES.read_text()
+    world.at_end(lambda: HUGE_PAGES.write_text(before))
+    wanted = int(before) + mib // 2
+    pathlib.Path("/proc/sys/vm/compact_memory").write_text("1")
+    HUGE_PAGES.write_text(str(wanted))
+    got = int(HUGE_PAGES.read_text())
+    harness.need(got >= wanted, "hugetlb", f"{got} huge pages of {wanted} could be had")
+
+
+def run_ksm(world):
+    """Runs ksmd, fast, for the time of the test."""
+    harness.need((KSM / "run").exists(), "ksm", "the kernel has no KSM")
+    for name, value in (("pages_to_scan", "20000"), ("sleep_millisecs", "10"), ("run", "1")):
+        file = KSM / name
+        before = file.read_text().strip()
+        world.at_end(lambda file=file, before=before: file.write_text(before))
+        file.write_text(value)
+    # 2 takes all merged pages apart again, before the old values come back.
+    world.at_end(lambda: (KSM / "run").write_text("2"))
+
+
+def merged_pages():
+    return int((KSM / "pages_sharing").read_text())
+
+
+def anonymous_swap_kib(pid):
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmSwap:")[1].split()[0])
+
+
+def huge_kib(pid):
+    """How much of a process is mapped by transparent huge pages."""
+    total = 0
+    for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith(("AnonHugePages:", "ShmemPmdMapped:")):
+            total += int(line.split()[1])
+    return total
+
+
+def mount_small_disk(world, kib):
+    """A tmpfs that is full after `kib` KiB."""
+    folder = world.directory("disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "vmsnap-test", folder],
+                   check=True)
+    world.at_end(lambda: subprocess.run(["umount", "-l", folder], check=True))
+    return folder
+
+
+def kill(pid):
+    """Kills a process of the test's own and waits until it is gone."""
+    os.kill(pid, signal.SIGKILL)
+    harness.wait_until(lambda: not harness.is_running(pid), f"process {pid} to end")

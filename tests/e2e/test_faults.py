@@ -1,0 +1,177 @@
+"""Disks that are full, monitors that lie, VMs that die: the snapshot fails with a
+reason and no file, and whoever is still alive runs on."""
+
+import resource
+import signal
+
+import pytest
+
+import checks
+import harness
+import qemu
+import system
+import victims
+from qmp_proxy import Proxy
+from test_kill import SNAPSHOT_POINTS
+
+
+@pytest.mark.parametrize("kib", [64, 1024, 12288])
+def test_disk_full(world, guest, kib):
+    disk = system.mount_small_disk(world, kib)
+    files = checks.open_files(guest.pid)
+    world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output",
+                 disk / "vm.img").expect("no_space")
+    checks.assert_only(disk)
+    checks.assert_running(guest, files)
+
+
+def test_existing_file_survives_a_full_disk(world, guest):
+    """--force replaces a file by a whole one, or not at all."""
+    disk = system.mount_small_disk(world, 4096)
+    (disk / "vm.img").write_text("yesterday's")
+    world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", disk / "vm.img",
+                 "--force").expect("no_space")
+    assert (disk / "vm.img").read_text() == "yesterday's"
+    checks.assert_only(disk, "vm.img")
+    checks.assert_running(guest)
+
+
+@pytest.mark.parametrize("limit", [4096, 3 << 20])
+def test_file_size_limit(world, guest, limit):
+    folder = world.directory("out")
+    out = world.path("vmsnap.out")
+    with open(out, "w", encoding="utf-8") as log:
+        process = world.start([harness.VMSNAP, "snapshot", "--qmp", guest.qmp_socket, "--output",
+                               folder / "vm.img"], stdout=log, stderr=log,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE,
+                                                                    (limit, limit)))
+        code = process.wait(harness.LIMIT)
+    assert code == harness.EXIT["no_space"], f"{code}: {out.read_text()}"
+    checks.assert_only(folder)
+    checks.assert_running(guest)
+
+
+def test_disk_full_at_export(world, guest):
+    image = world.path("vm.img")
+    world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", image).expect("ok")
+    disk = system.mount_small_disk(world, 1024)
+    world.vmsnap("export", image, "--raw", disk / "ram.raw").expect("no_space")
+
+
+def commands_of_a_snapshot(world, machine):
+    """What vmsnap says to QEMU, in order, without repetitions."""
+    proxy = Proxy(machine)
+    world.vmsnap("snapshot", "--qmp", machine.qmp_socket, "--output",
+                 world.path("vm.img")).expect("ok")
+    proxy.close()
+    seen = list(dict.fromkeys(proxy.commands))
+    assert {"stop", "cont"} <= set(seen), f"the proxy saw only {seen}"
+    return seen
+
+
+@pytest.mark.parametrize("how", ["garbage", "error", "close"])
+def test_bad_answers(shared_world, guest, how):
+    """To each command in turn, one bad answer. The snapshot may do without the
+    answer (then the image is exact); else it fails. The VM runs in any case."""
+    for command in commands_of_a_snapshot(shared_world, guest):
+        bad_answer(shared_world, guest, command, how)
+
+
+@pytest.mark.parametrize("command", ["qmp_capabilities", "stop", "xen-save-devices-state", "cont"])
+def test_no_answer(shared_world, guest, command):
+    """A monitor that says nothing more is given up on."""
+    bad_answer(shared_world, guest, command, "stall")
+
+
+def bad_answer(world, guest, command, how):
+    proxy = Proxy(guest, command, how)
+    folder = world.directory("out")
+    run = world.start_vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", folder / "vm.img")
+    try:
+        result = run.wait()
+    finally:
+        proxy.close()
+    where = f"{how} at {command}: {result}"
+    assert proxy.took_effect, where
+    assert result.code >= 0, where
+    if result.code == 0:
+        assert how != "garbage" or command != "stop", where
+        victims.check_ordered_image(world, folder / "vm.img")
+        (folder / "vm.img").unlink()
+    else:
+        assert result.err.strip(), where
+        checks.assert_only(folder)
+    try:
+        checks.assert_running(guest)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\nafter {where}") from None
+
+
+def test_monitor_that_never_greets(world, guest):
+    """Another client has the monitor (libvirt, say): told so, not hung for ever."""
+    folder = world.directory("out")
+    with qemu.Qmp(guest.qmp_socket):
+        result = world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", folder / "vm.img")
+    result.expect("vm")
+    assert result.err.strip()
+    checks.assert_only(folder)
+    checks.assert_running(guest)
+
+
+@pytest.mark.parametrize("point", SNAPSHOT_POINTS)
+def test_vm_dies(world, point):
+    """Killed at each phase: an image only if all of it had been copied."""
+    guest = victims.OrderedGuest(world)
+    folder = world.directory("out")
+    run = world.start_vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", folder / "vm.img",
+                             *harness.PATIENT, env={"VMSNAP_STOP_AT": point})
+    run.wait_stopped()
+    guest.kill()
+    run.signal(signal.SIGCONT)
+    result = run.wait()
+    if result.code == 0:
+        assert point.startswith(("copy.done", "commit.")), f"an image of a dead VM: {result}"
+        victims.check_ordered_image(world, folder / "vm.img")
+        checks.assert_only(folder, "vm.img")
+    else:
+        result.expect("vm")
+        assert not point.startswith("commit."), str(result)
+        checks.assert_only(folder)
+    harness.wait_until(lambda: not world.vmsnap_processes(), "helper processes to end", limit=30)
+
+
+def test_process_dies(world):
+    victim = victims.Writers(world, mib=16)
+    folder = world.directory("out")
+    run = world.start_vmsnap("snapshot", "--pid", victim.pid, *victim.range_arguments(), "--output",
+                             folder / "x.img", *harness.PATIENT,
+                             env={"VMSNAP_STOP_AT": "pause.resumed"})
+    run.wait_stopped()
+    victim.process.kill()
+    run.signal(signal.SIGCONT)
+    run.wait().expect("vm")
+    checks.assert_only(folder)
+
+
+def test_qemu_refuses_to_start(world, guest):
+    """A restore whose QEMU ends at once says what QEMU said, and leaves nothing."""
+    image = world.path("vm.img")
+    world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", image).expect("ok")
+    result = world.vmsnap("restore", image, "--run-dir", world.path("run"), "--", "-no-such-option")
+    result.expect("vm")
+    assert "no-such-option" in result.err, f"QEMU's own words are missing: {result}"
+    checks.assert_running(guest)
+
+
+def test_restored_vm_is_killed(world, guest):
+    """The page server of a VM that is gone ends, too."""
+    image = world.path("vm.img")
+    world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", image).expect("ok")
+    run_dir = world.path("run")
+    run = world.start_vmsnap("restore", image, "--run-dir", run_dir,
+                             env={"VMSNAP_STOP_AT": "restore.half"})
+    run.wait_stopped()
+    pid = qemu.restored(run_dir).pid
+    system.kill(pid)
+    run.signal(signal.SIGCONT)
+    run.wait().expect("vm")
