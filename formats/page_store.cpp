@@ -137,7 +137,8 @@ void PageStore::find_leaders(Scratch& scratch, std::span<const std::byte> pages)
   std::array<uint32_t, max_compared> leaders;
   size_t leader_count = 0;
   for (size_t i = 0; i < scratch.by_hash.size(); ++i) {
-    const auto [hash, k] = scratch.by_hash[i];
+    const uint64_t hash = scratch.by_hash[i].first;
+    const uint32_t k = scratch.by_hash[i].second;
     if (i == 0 || hash != scratch.by_hash[i - 1].first) leader_count = 0;
     const auto end = leaders.begin() + leader_count;
     const auto found = std::find_if(leaders.begin(), end, [&](uint32_t leader) {

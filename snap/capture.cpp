@@ -107,6 +107,7 @@ Capture::~Capture() {
   // the descriptor's number, so it goes only after they have gone; the marks
   // go now.
   for (const auto& piece : state_->pieces) (void)state_->uffd.unregister_range(piece->piece.range);
+  options_.released();
   stop_threads();
 }
 
@@ -216,6 +217,7 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
   }
   // The guest is on its own again; the rest is between us and the disk.
   state_->uffd.close();
+  options_.released();
   VMSNAP_TEST_POINT("copy.done");
   state_->staging->close();
   for (std::thread& worker : workers_) {

@@ -33,7 +33,8 @@ struct CaptureOptions {
   unsigned workers = 2;
   uint64_t staging_bytes = 64 << 20;
   std::chrono::milliseconds stall_limit{10000};
-  std::function<void()> heartbeat = [] {};
+  std::function<void()> heartbeat = [] {};  // often, while the target may wait for us
+  std::function<void()> released = [] {};   // from now on it waits for us no more
 };
 
 // Features that capturing this memory needs of the userfaultfd.

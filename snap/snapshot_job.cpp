@@ -46,6 +46,7 @@ Status SnapshotJob::attach(Qmp* qmp) {
   options.staging_bytes = options_.staging_bytes;
   options.stall_limit = options_.stall_limit;
   options.heartbeat = [this] { guard_->heartbeat(); };
+  options.released = [this] { guard_->unwatched(); };
   capture_ = VMSNAP_TRY(
       Capture::create(*process_, memory_, std::move(handed.uffd), *writer_, std::move(options)));
   // From here on a touched page may wait for us.
@@ -78,7 +79,6 @@ Result<SnapshotSummary> SnapshotJob::finish(nlohmann::json source,
     progress_(SnapshotPhase::copying, &capture_->counters());
     return check_interrupted();
   }));
-  guard_->unwatched();
   ksm_.reset();
 
   progress_(SnapshotPhase::committing, nullptr);

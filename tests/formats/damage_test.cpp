@@ -30,6 +30,7 @@ class DamageTest : public testing::Test {
     if (!image) return;
     PageBytes bytes;
     for (uint64_t page = 0; page < (*image)->page_count(); ++page) {
+      if (page == 10) page = 690;  // 680 zero pages that say nothing new
       const auto kind = (*image)->read_page(page, bytes);
       if (!kind) continue;
       if (page >= small_pages().size()) {

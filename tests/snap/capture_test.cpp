@@ -1,0 +1,259 @@
+// The capture engine on a real process that writes, in-process, so that the
+// sanitizers see its threads.
+#include "snap/capture.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
+#include "formats/image_reader.h"
+#include "snap/vmm/handover.h"
+#include "snap/vmm/thread_stop.h"
+#include "tests/snap/victim.h"
+
+namespace vmsnap {
+namespace {
+
+using namespace std::chrono_literals;
+
+constexpr uint64_t pages = 3000;
+constexpr uint64_t touched = 2500;  // the rest is never written: holes
+constexpr uint64_t bytes = pages * page_size;
+
+enum class Kind { anonymous, memfd, private_memfd };
+
+// Orders from the test, answers from the victim.
+struct Talk {
+  std::atomic<uint64_t> address{0};
+  std::atomic<uint64_t> passes{0};
+  std::atomic<int> touch_hole{-1};
+};
+
+char* map_memory(Kind kind, int& fd) {
+  fd = -1;
+  if (kind != Kind::anonymous) {
+    fd = ::memfd_create("victim", 0);
+    if (::ftruncate(fd, bytes) != 0) return nullptr;
+  }
+  const int flags = kind == Kind::memfd           ? MAP_SHARED
+                    : kind == Kind::private_memfd ? MAP_PRIVATE
+                                                  : MAP_PRIVATE | MAP_ANONYMOUS;
+  void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, fd, 0);
+  return memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
+}
+
+// Adds one to a word of every touched page, in page order, for ever: in any
+// one instant at most one neighbouring pair of pages differs, by one.
+int write_in_order(Kind kind, Talk* talk) {
+  int fd = -1;
+  char* memory = map_memory(kind, fd);
+  if (!memory) return 1;
+  const auto word = [&](uint64_t page) -> volatile uint64_t& {
+    return *reinterpret_cast<volatile uint64_t*>(memory + page * page_size + 512);
+  };
+  for (;;) {
+    for (uint64_t page = 0; page < touched; ++page) word(page) = word(page) + 1;
+    ++talk->passes;
+    talk->address = reinterpret_cast<uint64_t>(memory);
+    if (const int page = talk->touch_hole.exchange(-1); page >= 0) {
+      memory[static_cast<uint64_t>(page) * page_size] = 1;
+    }
+  }
+}
+
+class CaptureTest : public ::testing::TestWithParam<Kind> {
+ protected:
+  void SetUp() override {
+    talk_ = shared_with_victim<Talk>();
+    victim_ = std::make_unique<Victim>([this] { return write_in_order(GetParam(), talk_); });
+    wait_until([&] { return talk_->passes > 2; });
+    process_ = std::make_unique<Process>(victim_->process());
+    MemoryBlock block{.name = "range0", .range = {RemotePtr(talk_->address), bytes}, .address = 0, .first_page = 0};
+    auto memory = map_guest_memory(*process_, {block});
+    ASSERT_TRUE(memory) << memory.error().message();
+    memory_ = *std::move(memory);
+    file_ = Fd(::memfd_create("image", 0));
+  }
+
+  template <class Condition>
+  static void wait_until(Condition condition) {
+    for (int i = 0; i < 60000 && !condition(); ++i) std::this_thread::sleep_for(1ms);
+    ASSERT_TRUE(condition());
+  }
+
+  void begin(CaptureOptions options = {}) {
+    writer_ = *ImageWriter::create(file_.get(), "image", pages);
+    auto handed = bring_out_uffd(*process_, nullptr, capture_features(memory_), KeepInVmm::no);
+    ASSERT_TRUE(handed) << handed.error().message();
+    options.staging_bytes = 16 << 20;
+    capture_ = *Capture::create(*process_, memory_, std::move(handed->uffd), *writer_, options);
+    const Status begun = capture_->begin();
+    ASSERT_TRUE(begun) << begun.error().message();
+  }
+
+  void arm() {
+    const ThreadStop stopped = *ThreadStop::stop(*process_);
+    const Status armed = capture_->arm();
+    ASSERT_TRUE(armed) << armed.error().message();
+  }
+
+  // The words of all pages, as the image has them.
+  std::vector<uint64_t> read_image() {
+    ImageInfo info;
+    info.regions = memory_.regions();
+    EXPECT_TRUE(writer_->finish(info, {}));
+    const auto reader = ImageReader::open(fmt::format("/proc/self/fd/{}", file_.get()));
+    EXPECT_TRUE(reader) << reader.error().message();
+    std::vector<uint64_t> words(pages);
+    std::array<std::byte, page_size> page;
+    for (uint64_t number = 0; number < pages; ++number) {
+      EXPECT_TRUE((*reader)->read_page(number, page));
+      std::memcpy(&words[number], page.data() + 512, sizeof(uint64_t));
+    }
+    return words;
+  }
+
+  void expect_unharmed() {
+    const uint64_t before = talk_->passes;
+    wait_until([&] { return talk_->passes > before + 1; });
+    EXPECT_EQ(*process_->status_field("TracerPid"), "0");
+    const auto mappings = read_memory_map(*process_);
+    const auto pieces = mappings_of(*mappings, memory_.blocks[0].range);
+    for (const Mapping& piece : *pieces) {
+      EXPECT_FALSE(piece.has_flag("uw") || piece.has_flag("um"));
+    }
+  }
+
+  Talk* talk_ = nullptr;
+  std::unique_ptr<Victim> victim_;
+  std::unique_ptr<Process> process_;
+  GuestMemory memory_;
+  Fd file_;
+  std::unique_ptr<ImageWriter> writer_;
+  std::unique_ptr<Capture> capture_;
+};
+
+TEST_P(CaptureTest, IsOneInstantAtFullWriteSpeed) {
+  for (int round = 0; round < 5; ++round) {
+    ASSERT_EQ(::ftruncate(file_.get(), 0), 0);
+    begin();
+    arm();
+    const Status finished = capture_->finish([] { return Status(); });
+    ASSERT_TRUE(finished) << finished.error().message();
+    const std::vector<uint64_t> words = read_image();
+    int edges = 0;
+    for (uint64_t page = 1; page < touched; ++page) {
+      if (words[page] == words[page - 1]) continue;
+      EXPECT_EQ(words[page] + 1, words[page - 1]) << "at page " << page;
+      ++edges;
+    }
+    EXPECT_LE(edges, 1);
+    EXPECT_GT(words[0], 0u);
+    for (uint64_t page = touched; page < pages; ++page) EXPECT_EQ(words[page], 0u) << page;
+    capture_.reset();
+    expect_unharmed();
+  }
+}
+
+TEST_P(CaptureTest, HolesTouchedAfterTheInstantReadZero) {
+  begin();
+  arm();
+  talk_->touch_hole = pages - 1;
+  wait_until([&] { return talk_->touch_hole == -1; });
+  const uint64_t before = talk_->passes;
+  wait_until([&] { return talk_->passes > before + 1; });
+  ASSERT_TRUE(capture_->finish([] { return Status(); }));
+  EXPECT_EQ(read_image()[pages - 1], 0u);
+}
+
+TEST_P(CaptureTest, GivenUpAtAnyMomentLeavesTheTargetFree) {
+  begin();
+  capture_.reset();
+  expect_unharmed();
+  begin();
+  arm();
+  capture_.reset();
+  expect_unharmed();
+  begin();
+  arm();
+  const Status finished = capture_->finish([] { return Status(fail(ErrorCode::interrupted, "enough")); });
+  if (!finished) {
+    EXPECT_EQ(finished.error().code(), ErrorCode::interrupted);
+  }
+  capture_.reset();
+  expect_unharmed();
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, CaptureTest,
+                         ::testing::Values(Kind::anonymous, Kind::memfd, Kind::private_memfd),
+                         [](const auto& kind) {
+                           return kind.param == Kind::anonymous ? "anonymous"
+                                  : kind.param == Kind::memfd   ? "memfd"
+                                                                : "private_memfd";
+                         });
+
+// The quiet victim: nothing is written by it, so what is discarded is certain
+// not to have been copied.
+struct Quiet {
+  std::atomic<uint64_t> address{0};
+  std::atomic<int> discard{0};  // 1: discard; 2: and touch again; 3: done
+};
+
+class DiscardTest : public ::testing::TestWithParam<std::tuple<bool, bool>> {};
+
+TEST_P(DiscardTest, FailsTheCapture) {
+  const auto [shared, touch_again] = GetParam();
+  Quiet* quiet = shared_with_victim<Quiet>();
+  Victim victim([&, shared = shared] {
+    int fd = -1;
+    char* memory = map_memory(shared ? Kind::memfd : Kind::anonymous, fd);
+    for (uint64_t page = 0; page < pages; ++page) memory[page * page_size] = 1;
+    quiet->address = reinterpret_cast<uint64_t>(memory);
+    while (quiet->discard == 0) ::usleep(1000);
+    if (shared) {
+      ::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 77 * 4096, 4096);
+    } else {
+      ::madvise(memory + 77 * page_size, page_size, MADV_DONTNEED);
+    }
+    const bool again = quiet->discard == 2;
+    quiet->discard = 3;
+    if (again) memory[77 * page_size] = 2;
+    ::pause();
+    return 0;
+  });
+  while (quiet->address == 0) std::this_thread::sleep_for(1ms);
+  const Process process = victim.process();
+  MemoryBlock block{.name = "range0", .range = {RemotePtr(quiet->address), bytes}, .address = 0, .first_page = 0};
+  const GuestMemory memory = *map_guest_memory(process, {block});
+  const Fd file(::memfd_create("image", 0));
+  const auto writer = *ImageWriter::create(file.get(), "image", pages);
+  auto handed = bring_out_uffd(process, nullptr, capture_features(memory), KeepInVmm::no);
+  ASSERT_TRUE(handed);
+  const auto capture = *Capture::create(process, memory, std::move(handed->uffd), *writer, {});
+  ASSERT_TRUE(capture->begin());
+  {
+    const ThreadStop stopped = *ThreadStop::stop(process);
+    ASSERT_TRUE(capture->arm());
+  }
+  quiet->discard = touch_again ? 2 : 1;
+  while (quiet->discard != 3) std::this_thread::sleep_for(1ms);
+  std::this_thread::sleep_for(20ms);
+  const Status finished = capture->finish([] { return Status(); });
+  ASSERT_FALSE(finished);
+  EXPECT_EQ(finished.error().code(), ErrorCode::discarded) << finished.error().message();
+  EXPECT_NE(finished.error().message().find("was discarded before it was copied"), std::string::npos);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, DiscardTest,
+                         ::testing::Combine(::testing::Bool(), ::testing::Bool()),
+                         [](const auto& kind) {
+                           return std::string(std::get<0>(kind.param) ? "memfd" : "anonymous") +
+                                  (std::get<1>(kind.param) ? "_touched_again" : "_left_alone");
+                         });
+
+}  // namespace
+}  // namespace vmsnap

@@ -1,0 +1,174 @@
+// The guard resumes a VM whose snapshotter died, and ends one that stands still.
+#include "snap/guard.h"
+
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <thread>
+
+#include "snap/pause_command.h"
+#include "tests/snap/victim.h"
+
+namespace vmsnap {
+namespace {
+
+using namespace std::chrono_literals;
+
+// A monitor that answers everything and notes which commands it got.
+class FakeMonitor {
+ public:
+  FakeMonitor() : path_(fmt::format("/tmp/vmsnap-guard-test-{}.sock", ::getpid())) {
+    ::unlink(path_.c_str());
+    listener_ = Fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_un address = {};
+    address.sun_family = AF_UNIX;
+    std::memcpy(address.sun_path, path_.c_str(), path_.size());
+    EXPECT_EQ(::bind(listener_.get(), reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
+    EXPECT_EQ(::listen(listener_.get(), 4), 0);
+    thread_ = std::thread([this] { serve(); });
+  }
+  ~FakeMonitor() {
+    ::shutdown(listener_.get(), SHUT_RDWR);
+    thread_.join();
+    ::unlink(path_.c_str());
+  }
+
+  const std::string& path() const { return path_; }
+  bool resumed() const { return resumed_; }
+
+ private:
+  void serve() {
+    for (;;) {
+      const Fd client(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
+      if (!client) return;
+      send(client, "{\"QMP\": {}}\r\n");
+      std::string text;
+      char buffer[4096];
+      for (ssize_t got; (got = ::recv(client.get(), buffer, sizeof buffer, 0)) > 0;) {
+        text.append(buffer, static_cast<size_t>(got));
+        for (size_t end; (end = text.find('\n')) != std::string::npos; text.erase(0, end + 1)) {
+          const auto command = nlohmann::json::parse(text.substr(0, end), nullptr, false);
+          if (!command.is_object()) continue;
+          nlohmann::json answer = {{"return", nlohmann::json::object()}};
+          if (command.contains("id")) answer["id"] = command["id"];
+          send(client, answer.dump() + "\r\n");
+          if (command.value("execute", "") == "cont") {
+            resumed_ = true;
+            send(client, "{\"event\": \"RESUME\"}\r\n");
+          }
+        }
+      }
+    }
+  }
+  static void send(const Fd& client, const std::string& text) {
+    (void)!::send(client.get(), text.data(), text.size(), MSG_NOSIGNAL);
+  }
+
+  std::string path_;
+  Fd listener_;
+  std::thread thread_;
+  std::atomic<bool> resumed_ = false;
+};
+
+// A snapshotter that says to its guard what `act` makes it say, then waits to
+// be killed.
+template <class Act>
+int run_snapshotter(const std::string& path, std::chrono::milliseconds limit, Act act) {
+  Victim snapshotter([&] {
+    auto qmp = Qmp::connect(path);
+    if (!qmp) return 1;
+    auto guard = Guard::start(&*qmp, nullptr, limit);
+    if (!guard) return 2;
+    act(*guard);
+    return 0;
+  });
+  return snapshotter.wait();
+}
+
+bool becomes_true(const std::function<bool()>& condition) {
+  for (int i = 0; i < 10000 && !condition(); ++i) std::this_thread::sleep_for(1ms);
+  return condition();
+}
+
+TEST(Guard, ResumesTheVmWhenWeDieInThePause) {
+  FakeMonitor monitor;
+  EXPECT_EQ(run_snapshotter(monitor.path(), 60s,
+                            [](Guard& guard) {
+                              guard.pausing();
+                              ::kill(::getpid(), SIGKILL);
+                            }),
+            1000 + SIGKILL);
+  EXPECT_TRUE(becomes_true([&] { return monitor.resumed(); }));
+}
+
+TEST(Guard, LeavesTheVmAloneWhenThereIsNothingToResume) {
+  FakeMonitor monitor;
+  EXPECT_EQ(run_snapshotter(monitor.path(), 60s,
+                            [](Guard& guard) {
+                              guard.pausing();
+                              guard.resumed();
+                              ::kill(::getpid(), SIGKILL);
+                            }),
+            1000 + SIGKILL);
+  // The next client is served: the guard has let the monitor go.
+  auto next = Qmp::connect(monitor.path());
+  EXPECT_TRUE(next);
+  EXPECT_FALSE(monitor.resumed());
+}
+
+TEST(Guard, EndsASnapshotterThatStandsStillInThePause) {
+  FakeMonitor monitor;
+  EXPECT_EQ(run_snapshotter(monitor.path(), 100ms,
+                            [](Guard& guard) {
+                              guard.pausing();
+                              ::kill(::getpid(), SIGSTOP);
+                            }),
+            1000 + SIGKILL);
+  EXPECT_TRUE(becomes_true([&] { return monitor.resumed(); }));
+}
+
+TEST(Guard, EndsASnapshotterWithoutHeartbeatsWhileMemoryIsProtected) {
+  FakeMonitor monitor;
+  EXPECT_EQ(run_snapshotter(monitor.path(), 100ms,
+                            [](Guard& guard) {
+                              guard.watching();
+                              ::pause();
+                            }),
+            1000 + SIGKILL);
+  EXPECT_FALSE(monitor.resumed());
+}
+
+TEST(Guard, HeartbeatsKeepItQuiet) {
+  FakeMonitor monitor;
+  EXPECT_EQ(run_snapshotter(monitor.path(), 2000ms,
+                            [](Guard& guard) {
+                              guard.watching();
+                              for (int i = 0; i < 300; ++i) {
+                                guard.heartbeat();
+                                std::this_thread::sleep_for(10ms);
+                              }
+                              guard.unwatched();
+                            }),
+            0);
+}
+
+TEST(PauseCommand, SaysHowItFailed) {
+  EXPECT_TRUE(run_pause_command("test \"$VMSNAP_ID\" = abc", {"VMSNAP_ID=abc"}, 60s));
+  const auto code = run_pause_command("exit 7", {}, 60s);
+  ASSERT_FALSE(code);
+  EXPECT_EQ(code.error().code(), ErrorCode::pause_command);
+  EXPECT_EQ(code.error().message(), "the --in-pause command 'exit 7' exited with status 7");
+  const auto slow = run_pause_command("sleep 1000 & wait", {}, 50ms);
+  ASSERT_FALSE(slow);
+  EXPECT_EQ(slow.error().message(),
+            "the --in-pause command 'sleep 1000 & wait' did not end within 50 ms");
+  EXPECT_EQ(run_pause_command("kill -9 $$", {}, 60s).error().message(),
+            "the --in-pause command 'kill -9 $$' was ended by signal 9");
+}
+
+}  // namespace
+}  // namespace vmsnap
