@@ -235,7 +235,7 @@ void add_export(CLI::App& app, CommandContext& context) {
                    "Where to: all regions one after the other, as 'show' lists them; "
                    "'-' is standard output")
       ->required();
-  command->add_flag("--force", options->force, "Replace the output file if it exists");
+  command->add_flag("-f,--force", options->force, "Replace the output file if it exists");
   command->footer(
       "Examples:\n"
       "  vmsnap export vm.img --raw vm.raw\n"

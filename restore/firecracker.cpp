@@ -59,8 +59,7 @@ Result<uint64_t> unit_of(const nlohmann::json& region, size_t index) {
   return unit;
 }
 
-Result<ServedRange> parse_region(const nlohmann::json& region, size_t index,
-                                 uint64_t image_pages) {
+Result<ServedRange> parse_region(const nlohmann::json& region, size_t index, uint64_t image_pages) {
   if (!region.is_object()) return bad("region {} is not a JSON object", index);
   const uint64_t base = VMSNAP_TRY(required(region, index, "base_host_virt_addr"));
   const uint64_t size = VMSNAP_TRY(required(region, index, "size"));
@@ -72,7 +71,8 @@ Result<ServedRange> parse_region(const nlohmann::json& region, size_t index,
     return bad("region {}: {:#x} (+{:#x}) is not a whole number of {} byte pages", index, base,
                size, unit);
   }
-  if (offset % page_size != 0) return bad("region {}: offset {:#x} is not page aligned", index, offset);
+  if (offset % page_size != 0)
+    return bad("region {}: offset {:#x} is not page aligned", index, offset);
   if (size > ~uint64_t{0} - base) return bad("region {}: it wraps around address 0", index);
   const uint64_t first = offset / page_size, pages = size / page_size;
   if (first > image_pages || pages > image_pages - first) {
@@ -220,8 +220,10 @@ Result<Handshake> receive_handshake(int socket, uint64_t image_pages,
   Handshake handshake;
   handshake.ranges = VMSNAP_TRY(parse_handshake(message, image_pages));
   if (descriptors.empty()) return bad("no userfaultfd came with it");
-  if (descriptors.size() > 1) return bad("{} descriptors came with it, not one", descriptors.size());
-  if (!is_userfaultfd(descriptors[0])) return bad("the descriptor that came with it is no userfaultfd");
+  if (descriptors.size() > 1)
+    return bad("{} descriptors came with it, not one", descriptors.size());
+  if (!is_userfaultfd(descriptors[0]))
+    return bad("the descriptor that came with it is no userfaultfd");
   handshake.uffd = std::move(descriptors[0]);
   return handshake;
 }

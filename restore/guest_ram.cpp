@@ -32,8 +32,8 @@ Result<std::vector<MemoryBlock>> match_blocks(const std::vector<Region>& regions
       return plain_name(candidate.name) == plain_name(region.name);
     });
     if (block == blocks.end()) {
-      return other_machine(fmt::format("it has no memory block '{}' ({} bytes)", region.name,
-                                       region.length));
+      return other_machine(
+          fmt::format("it has no memory block '{}' ({} bytes)", region.name, region.length));
     }
     if (block->length != region.length) {
       return other_machine(fmt::format("its memory block '{}' has {} bytes, the image {}",
@@ -47,8 +47,8 @@ Result<std::vector<MemoryBlock>> match_blocks(const std::vector<Region>& regions
       return plain_name(region.name) == plain_name(block.name);
     });
     if (!known) {
-      return other_machine(fmt::format("the image has no memory block '{}' ({} bytes)", block.name,
-                                       block.length));
+      return other_machine(
+          fmt::format("the image has no memory block '{}' ({} bytes)", block.name, block.length));
     }
   }
   return matched;
@@ -66,8 +66,7 @@ Result<std::vector<ServedRange>> watch_memory(const Uffd& uffd, const Process& p
       ++block;
     }
     const std::string& name = memory.blocks[block].name;
-    const RegisterOutcome outcome =
-        VMSNAP_TRY(uffd.register_range(piece.range, {.missing = true}));
+    const RegisterOutcome outcome = VMSNAP_TRY(uffd.register_range(piece.range, {.missing = true}));
     if (outcome != RegisterOutcome::done || piece.backing == Backing::private_of_file) {
       return tl::unexpected(
           Error(ErrorCode::refused,
@@ -114,26 +113,6 @@ Result<uint64_t> overwrite_present_pages(const Process& process, const ImageRead
     }
   }
   return pages;
-}
-
-Status find_lost_removals(const Process& process, const std::vector<ServedRange>& ranges,
-                          PageMarks& marks) {
-  const PageMap map = VMSNAP_TRY(PageMap::open(process));
-  const auto mark_absent = [&](const ServedRange& range, RemotePtr from, RemotePtr to) {
-    for (; from < to; from = from + page_size) {
-      const uint64_t page = range.page_at(from);
-      if (marks.resolved(page)) marks.set_removed(page, 1);
-    }
-  };
-  for (const ServedRange& range : ranges) {
-    RemotePtr next = range.range.start;
-    for (const RemoteRange& run : VMSNAP_TRY(map.populated(range.range))) {
-      mark_absent(range, next, run.start);
-      next = run.end();
-    }
-    mark_absent(range, next, range.range.end());
-  }
-  return {};
 }
 
 }  // namespace vmsnap

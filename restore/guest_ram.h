@@ -36,10 +36,4 @@ Result<std::vector<ServedRange>> watch_memory(const Uffd& uffd, const Process& p
 Result<uint64_t> overwrite_present_pages(const Process& process, const ImageReader& image,
                                          const std::vector<ServedRange>& ranges, PageMarks& marks);
 
-// For a successor: marks as removed what was given to the guest and is not
-// there any more. Its predecessor was killed between reading the event and
-// marking it. To be called before any event is read.
-Status find_lost_removals(const Process& process, const std::vector<ServedRange>& ranges,
-                          PageMarks& marks);
-
 }  // namespace vmsnap

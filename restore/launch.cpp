@@ -3,8 +3,8 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <sys/syscall.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -97,7 +97,8 @@ std::string log_tail(const std::string& path) {
   if (::fstat(fd, &about) < 0) return "";
   constexpr off_t wanted = 1000;
   std::string tail(static_cast<size_t>(std::min(about.st_size, wanted)), '\0');
-  const ssize_t got = ::pread(fd, tail.data(), tail.size(), about.st_size - static_cast<off_t>(tail.size()));
+  const ssize_t got =
+      ::pread(fd, tail.data(), tail.size(), about.st_size - static_cast<off_t>(tail.size()));
   tail.resize(got > 0 ? static_cast<size_t>(got) : 0);
   while (!tail.empty() && tail.back() == '\n') tail.pop_back();
   std::replace(tail.begin(), tail.end(), '\n', '|');
@@ -139,10 +140,10 @@ Result<StartedVm> StartedVm::start(const LaunchLine& line, const std::string& lo
   const int why = VMSNAP_TRY(exec_error(report.read.get()));
   if (why == 0) return vm;
   return tl::unexpected(
-      Error::from_errno(why,
-                        fmt::format("cannot execute {} in directory {}", line.executable,
-                                    line.working_directory),
-                        ErrorCode::vm)
+      Error::from_errno(
+          why,
+          fmt::format("cannot execute {} in directory {}", line.executable, line.working_directory),
+          ErrorCode::vm)
           .with_remedy("Install it, or name another with --qemu; the directory must exist."));
 }
 

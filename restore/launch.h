@@ -49,7 +49,7 @@ class StartedVm {
         log_path_(std::move(log_path)) {}
 
   Process process_;
-  Fd guard_;         // the pipe; none: it lives, or was moved from
+  Fd guard_;  // the pipe; none: it lives, or was moved from
   pid_t guard_pid_;
   std::string log_path_;
 };

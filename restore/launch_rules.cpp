@@ -8,78 +8,15 @@
 #include <span>
 
 #include "restore/option_value.h"
+#include "restore/qemu_options.h"
 
 namespace vmsnap {
 
 namespace {
 
-struct Option {
-  std::string written;               // "-netdev", as it was given; empty: a disk image alone
-  std::string name;                  // "netdev"
-  std::optional<std::string> value;  // of an option that takes one
-  bool dropped = false;
-};
-
 template <size_t N>
 bool one_of(std::string_view text, const std::array<std::string_view, N>& list) {
   return std::find(list.begin(), list.end(), text) != list.end();
-}
-
-// Every option of QEMU (7.2 to 10) that takes no value. All others do, whatever
-// the next word looks like (-append "-x" is a kernel argument).
-constexpr auto options_without_value = std::to_array<std::string_view>({
-    "S", "alt-grab", "async-teardown", "audio-help", "ctrl-grab", "curses", "daemonize",
-    "enable-fips", "enable-kvm", "enable-sync-profile", "full-screen", "h", "help", "mem-prealloc",
-    "no-acpi", "no-fd-bootchk", "no-hpet", "no-quit", "no-reboot", "no-shutdown", "no-user-config",
-    "nodefaults", "nographic", "old-param", "only-migratable", "portrait", "preconfig", "s", "sdl",
-    "semihosting", "singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach",
-    "xen-domid-restrict"});
-
-std::vector<Option> parse_options(std::span<const std::string> arguments) {
-  std::vector<Option> options;
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    const std::string& word = arguments[i];
-    Option option;
-    if (word.size() < 2 || word[0] != '-') {
-      option.value = word;
-    } else {
-      option.written = word;
-      option.name = word.substr(word.starts_with("--") ? 2 : 1);
-      const bool takes_value = !one_of(option.name, options_without_value);
-      if (takes_value && i + 1 < arguments.size()) option.value = arguments[++i];
-    }
-    options.push_back(std::move(option));
-  }
-  return options;
-}
-
-// What the first word of an option's value stands for.
-std::string_view implied_key(std::string_view option) {
-  if (option == "object") return "qom-type";
-  if (option == "chardev") return "backend";
-  if (option == "netdev" || option == "net" || option == "nic") return "type";
-  if (option == "machine" || option == "M" || option == "tpmdev") return "type";
-  if (option == "device" || option == "blockdev" || option == "audiodev") return "driver";
-  if (option == "fsdev" || option == "virtfs") return "fsdriver";
-  if (option == "trace") return "enable";
-  if (option == "drive") return "file";
-  return "";
-}
-
-// The key that tells one option of a kind from another; empty: there is none.
-std::string_view identity_key(std::string_view option) {
-  static constexpr std::array<std::string_view, 8> with_id = {
-      "netdev", "chardev", "device", "drive", "object", "audiodev", "fsdev", "tpmdev"};
-  if (one_of(option, with_id)) return "id";
-  if (option == "blockdev") return "node-name";
-  if (option == "add-fd") return "set";
-  return "";
-}
-
-std::optional<std::string> identity(const Option& option) {
-  const std::string_view key = identity_key(option.name);
-  if (key.empty() || !option.value) return std::nullopt;
-  return OptionValue::parse(*option.value, implied_key(option.name)).get(key);
 }
 
 // A name that can be a file's, from an id out of somebody's command line.
@@ -103,35 +40,35 @@ class Rewriter {
   Result<std::vector<std::string>> rewrite();
 
  private:
-  using Rule = Status (Rewriter::*)(Option&);
+  using Rule = Status (Rewriter::*)(QemuOption&);
   struct RuleEntry {
     std::string_view option;
     Rule rule;
   };
   static const RuleEntry rules[];
 
-  Status replace_texts(std::vector<Option>& options) const;
-  Status apply_rules(Option& option);
+  Status replace_texts(std::vector<QemuOption>& options) const;
+  Status apply_rules(QemuOption& option);
   Result<std::string> socket_path(const std::string& name) const;
   std::string in_dir(const std::string& name) const { return request_.run_dir + "/" + name; }
 
-  Status drop(Option& option);
-  Status drop_own_global(Option& option);
-  Status keep_nographic(Option& option);
-  Status note_nodefaults(Option& option);
-  Status move_serial(Option& option);
-  Status move_parallel(Option& option);
-  Status move_debugcon(Option& option);
-  Status move_chardev(Option& option);
-  Status strip_trace(Option& option);
-  Status strip_overcommit(Option& option);
-  Status strip_forwards(Option& option);
-  Status make_plain_memory(Option& option);
-  Status pin_machine(Option& option);
-  Status silence_audio(Option& option);
-  Status note_device(Option& option);
-  Status refuse_descriptors(Option& option);
-  Status refuse_add_fd(Option& option);
+  Status drop(QemuOption& option);
+  Status drop_own_global(QemuOption& option);
+  Status keep_nographic(QemuOption& option);
+  Status note_nodefaults(QemuOption& option);
+  Status move_serial(QemuOption& option);
+  Status move_parallel(QemuOption& option);
+  Status move_debugcon(QemuOption& option);
+  Status move_chardev(QemuOption& option);
+  Status strip_trace(QemuOption& option);
+  Status strip_overcommit(QemuOption& option);
+  Status strip_forwards(QemuOption& option);
+  Status make_plain_memory(QemuOption& option);
+  Status pin_machine(QemuOption& option);
+  Status silence_audio(QemuOption& option);
+  Status note_device(QemuOption& option);
+  Status refuse_descriptors(QemuOption& option);
+  Status refuse_add_fd(QemuOption& option);
 
   const LaunchRequest& request_;
   int serials_ = 0;
@@ -181,24 +118,24 @@ const Rewriter::RuleEntry Rewriter::rules[] = {
     {"add-fd", &Rewriter::refuse_add_fd},
 };
 
-Status Rewriter::drop(Option& option) {
+Status Rewriter::drop(QemuOption& option) {
   option.dropped = true;
   return {};
 }
 
-Status Rewriter::drop_own_global(Option& option) {
+Status Rewriter::drop_own_global(QemuOption& option) {
   // A VM that was itself restored has it already.
   option.dropped = option.value == send_configuration_off;
   return {};
 }
 
-Status Rewriter::keep_nographic(Option&) {
+Status Rewriter::keep_nographic(QemuOption&) {
   // It also tells the machine to have no graphics, so it must stay.
   nographic_ = true;
   return {};
 }
 
-Status Rewriter::note_nodefaults(Option&) {
+Status Rewriter::note_nodefaults(QemuOption&) {
   default_serial_ = false;
   return {};
 }
@@ -208,7 +145,7 @@ bool names_nothing_outside(const std::optional<std::string>& value) {
   return !value || *value == "none" || *value == "null" || value->starts_with("chardev:");
 }
 
-Status Rewriter::move_serial(Option& option) {
+Status Rewriter::move_serial(QemuOption& option) {
   default_serial_ = false;
   const int number = serials_++;
   if (names_nothing_outside(option.value)) return {};
@@ -216,14 +153,14 @@ Status Rewriter::move_serial(Option& option) {
   return {};
 }
 
-Status Rewriter::move_parallel(Option& option) {
+Status Rewriter::move_parallel(QemuOption& option) {
   const int number = parallels_++;
   if (names_nothing_outside(option.value)) return {};
   option.value = "file:" + in_dir(fmt::format("parallel{}.log", number));
   return {};
 }
 
-Status Rewriter::move_debugcon(Option& option) {
+Status Rewriter::move_debugcon(QemuOption& option) {
   if (!names_nothing_outside(option.value)) option.value = "file:" + in_dir("debugcon.log");
   return {};
 }
@@ -231,15 +168,15 @@ Status Rewriter::move_debugcon(Option& option) {
 Result<std::string> Rewriter::socket_path(const std::string& name) const {
   const std::string path = in_dir(name);
   if (path.size() >= sizeof(sockaddr_un::sun_path)) {
-    return tl::unexpected(Error(ErrorCode::usage,
-                                fmt::format("the socket path {} is too long ({} bytes, at most {})",
+    return tl::unexpected(
+        Error(ErrorCode::usage, fmt::format("the socket path {} is too long ({} bytes, at most {})",
                                             path, path.size(), sizeof(sockaddr_un::sun_path) - 1))
-                              .with_remedy("Choose a shorter --run-dir."));
+            .with_remedy("Choose a shorter --run-dir."));
   }
   return path;
 }
 
-Status Rewriter::move_chardev(Option& option) {
+Status Rewriter::move_chardev(QemuOption& option) {
   static constexpr std::array<std::string_view, 9> inside = {
       "null", "ringbuf", "memory", "vc", "msmouse", "wctablet", "testdev", "mux", "qemu-vdagent"};
   static constexpr std::array<std::string_view, 3> two_way = {"socket", "udp", "pty"};
@@ -268,7 +205,7 @@ Status Rewriter::move_chardev(Option& option) {
   return {};
 }
 
-Status Rewriter::strip_trace(Option& option) {
+Status Rewriter::strip_trace(QemuOption& option) {
   OptionValue trace = OptionValue::parse(option.value.value_or(""), "enable");
   trace.remove("file");
   option.value = trace.text();
@@ -276,7 +213,7 @@ Status Rewriter::strip_trace(Option& option) {
   return {};
 }
 
-Status Rewriter::strip_overcommit(Option& option) {
+Status Rewriter::strip_overcommit(QemuOption& option) {
   // Locking would fault in all of the memory before the guest may run.
   OptionValue overcommit = OptionValue::parse(option.value.value_or(""), "");
   overcommit.remove("mem-lock");
@@ -285,7 +222,7 @@ Status Rewriter::strip_overcommit(Option& option) {
   return {};
 }
 
-Status Rewriter::strip_forwards(Option& option) {
+Status Rewriter::strip_forwards(QemuOption& option) {
   if (!option.value) return {};
   OptionValue network = OptionValue::parse(*option.value, "type");
   if (network.has("hostfwd") || network.has("guestfwd")) {
@@ -296,7 +233,7 @@ Status Rewriter::strip_forwards(Option& option) {
   return {};
 }
 
-Status Rewriter::make_plain_memory(Option& option) {
+Status Rewriter::make_plain_memory(QemuOption& option) {
   if (!option.value) return {};
   OptionValue object = OptionValue::parse(*option.value, "qom-type");
   const std::string type = object.get("qom-type").value_or("");
@@ -314,7 +251,7 @@ Status Rewriter::make_plain_memory(Option& option) {
   return {};
 }
 
-Status Rewriter::pin_machine(Option& option) {
+Status Rewriter::pin_machine(QemuOption& option) {
   if (request_.record.machine.empty() || !option.value) return {};
   OptionValue machine = OptionValue::parse(*option.value, "type");
   if (!machine.has("type")) return {};  // only properties; the type stands elsewhere
@@ -324,7 +261,7 @@ Status Rewriter::pin_machine(Option& option) {
   return {};
 }
 
-Status Rewriter::silence_audio(Option& option) {
+Status Rewriter::silence_audio(QemuOption& option) {
   if (!option.value) return {};
   OptionValue audio = OptionValue::parse(*option.value, "driver");
   const auto driver = audio.get("driver");
@@ -333,14 +270,14 @@ Status Rewriter::silence_audio(Option& option) {
   return {};
 }
 
-Status Rewriter::note_device(Option& option) {
+Status Rewriter::note_device(QemuOption& option) {
   // A serial port given as a device stands in for the default one.
   const OptionValue device = OptionValue::parse(option.value.value_or(""), "driver");
   if (device.get("driver") == "isa-serial") default_serial_ = false;
   return {};
 }
 
-Status Rewriter::refuse_add_fd(Option& option) {
+Status Rewriter::refuse_add_fd(QemuOption& option) {
   return tl::unexpected(
       Error(ErrorCode::usage,
             fmt::format("-add-fd {} passes a descriptor that only the original VM had",
@@ -349,7 +286,7 @@ Status Rewriter::refuse_add_fd(Option& option) {
                        "where N is open in the shell."));
 }
 
-Status Rewriter::refuse_descriptors(Option& option) {
+Status Rewriter::refuse_descriptors(QemuOption& option) {
   static constexpr std::array<std::string_view, 9> takes_descriptors = {
       "netdev", "net", "nic", "object", "device", "blockdev", "drive", "fsdev", "virtfs"};
   if (!option.value || !one_of(option.name, takes_descriptors)) return {};
@@ -372,7 +309,7 @@ Status Rewriter::refuse_descriptors(Option& option) {
                                option.written, example, identity_key(option.name), id)));
 }
 
-Status Rewriter::apply_rules(Option& option) {
+Status Rewriter::apply_rules(QemuOption& option) {
   if (option.written.empty()) return {};
   VMSNAP_CHECK(refuse_descriptors(option));
   for (const RuleEntry& entry : rules) {
@@ -381,10 +318,10 @@ Status Rewriter::apply_rules(Option& option) {
   return {};
 }
 
-Status Rewriter::replace_texts(std::vector<Option>& options) const {
+Status Rewriter::replace_texts(std::vector<QemuOption>& options) const {
   for (const Replacement& replacement : request_.replacements) {
     bool found = false;
-    for (Option& option : options) {
+    for (QemuOption& option : options) {
       if (!option.value) continue;
       for (size_t at = 0; (at = option.value->find(replacement.from, at)) != std::string::npos;) {
         option.value->replace(at, replacement.from.size(), replacement.to);
@@ -404,17 +341,17 @@ Status Rewriter::replace_texts(std::vector<Option>& options) const {
 
 Result<std::vector<std::string>> Rewriter::rewrite() {
   const std::span<const std::string> recorded(request_.record.arguments);
-  std::vector<Option> options = parse_options(recorded.subspan(1));
+  std::vector<QemuOption> options = parse_qemu_options(recorded.subspan(1));
   VMSNAP_CHECK(replace_texts(options));
-  std::vector<Option> extra = parse_options(request_.extra);
+  std::vector<QemuOption> extra = parse_qemu_options(request_.extra);
 
   std::vector<std::string> arguments;
-  const auto append = [&](const Option& option) {
+  const auto append = [&](const QemuOption& option) {
     if (!option.written.empty()) arguments.push_back(option.written);
     if (option.value) arguments.push_back(*option.value);
   };
-  for (Option& option : options) {
-    const auto same = std::find_if(extra.begin(), extra.end(), [&](const Option& other) {
+  for (QemuOption& option : options) {
+    const auto same = std::find_if(extra.begin(), extra.end(), [&](const QemuOption& other) {
       return identity(option) && other.name == option.name && identity(other) == identity(option);
     });
     if (same != extra.end()) {
@@ -440,7 +377,7 @@ Result<std::vector<std::string>> Rewriter::rewrite() {
   add({"-pidfile", in_dir("qemu.pid")});
   add({"-global", std::string(send_configuration_off)});
   add({"-S", "-incoming", "defer"});
-  for (const Option& option : extra) {
+  for (const QemuOption& option : extra) {
     if (!option.dropped) append(option);
   }
   return arguments;

@@ -58,11 +58,11 @@ Result<Replacement> parse_replacement(const std::string& text);
 
 struct LaunchRequest {
   VmRecord record;
-  std::string run_dir;                // absolute
-  std::string executable;             // empty: the recorded one
-  std::string working_directory;      // empty: the recorded one ("/" after -daemonize)
+  std::string run_dir;            // absolute
+  std::string executable;         // empty: the recorded one
+  std::string working_directory;  // empty: the recorded one ("/" after -daemonize)
   std::vector<Replacement> replacements;
-  std::vector<std::string> extra;     // after "--" on our own command line
+  std::vector<std::string> extra;  // after "--" on our own command line
 };
 
 struct LaunchLine {

@@ -83,17 +83,17 @@ void OptionValue::set(std::string_view key, std::string_view value) {
     json_[std::string(key)] = std::string(value);
     return;
   }
-  const auto first = std::find_if(pairs_.begin(), pairs_.end(),
-                                  [&](const Pair& pair) { return pair.key == key; });
+  const auto first =
+      std::find_if(pairs_.begin(), pairs_.end(), [&](const Pair& pair) { return pair.key == key; });
   if (first == pairs_.end()) {
     pairs_.push_back({std::string(key), std::string(value)});
     return;
   }
   first->value = value;
   first->bare = false;
-  pairs_.erase(std::remove_if(first + 1, pairs_.end(),
-                              [&](const Pair& pair) { return pair.key == key; }),
-               pairs_.end());
+  pairs_.erase(
+      std::remove_if(first + 1, pairs_.end(), [&](const Pair& pair) { return pair.key == key; }),
+      pairs_.end());
 }
 
 void OptionValue::remove(std::string_view key) {

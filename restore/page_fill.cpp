@@ -36,11 +36,13 @@ Result<uint64_t> PageServer::fill_piece(uint64_t budget) {
   const uint64_t first_page = extent_->first_page + extent_done_;
   const Piece piece = next_piece(range.unit / page_size, budget);
   switch (piece.state) {
-    case State::zero: return piece.pages;  // absent is zero, or somebody has it
+    case State::zero:
+      return piece.pages;  // absent is zero, or somebody has it
     case State::unreadable:
       stalled_ = VMSNAP_TRY(give_up(range, first_page, "it is damaged")) == Answer::again;
       return stalled_ ? 0 : piece.pages;
-    case State::data: break;
+    case State::data:
+      break;
   }
 
   const RemotePtr to = range.address_of(first_page);
@@ -63,7 +65,9 @@ Result<uint64_t> PageServer::fill_piece(uint64_t budget) {
       // then the single page goes in.
       if (piece.pages > unit_pages) return fill_piece(unit_pages);
       return unit_pages;
-    default: stalled_ = true; return 0;
+    default:
+      stalled_ = true;
+      return 0;
   }
 }
 

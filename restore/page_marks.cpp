@@ -16,7 +16,7 @@ namespace vmsnap {
 
 Result<PageMarks> PageMarks::map(int fd, const std::string& name, uint64_t pages) {
   const int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
-  void* words = ::mmap(nullptr, std::max<uint64_t>(bytes_for(pages), 8), PROT_READ | PROT_WRITE, flags, fd, 0);
+  void* words = ::mmap(nullptr, bytes_for(pages), PROT_READ | PROT_WRITE, flags, fd, 0);
   if (words == MAP_FAILED) return fail_errno(errno, "cannot map {}", name);
   return PageMarks(static_cast<uint64_t*>(words), pages);
 }
@@ -52,12 +52,15 @@ PageMarks& PageMarks::operator=(PageMarks&& other) noexcept {
 }
 
 PageMarks::~PageMarks() {
-  if (words_) ::munmap(words_, std::max<uint64_t>(bytes_for(pages_), 8));
+  if (words_) ::munmap(words_, bytes_for(pages_));
+}
+
+std::span<std::byte> PageMarks::event_buffer() const {
+  return {reinterpret_cast<std::byte*>(words_), buffer_bytes};
 }
 
 bool PageMarks::test(int kind, uint64_t page) const {
-  uint64_t& word = words_[static_cast<uint64_t>(kind) * words_per_kind(pages_) + page / 64];
-  return std::atomic_ref(word).load(std::memory_order_relaxed) >> (page % 64) & 1;
+  return std::atomic_ref(bits(kind)[page / 64]).load(std::memory_order_relaxed) >> (page % 64) & 1;
 }
 
 uint64_t PageMarks::count_resolved(uint64_t first, uint64_t count) const {
@@ -66,7 +69,7 @@ uint64_t PageMarks::count_resolved(uint64_t first, uint64_t count) const {
   for (uint64_t page = first; page < end; ++page) {
     if (page % 64 == 0 && page + 64 <= end) {
       found += static_cast<uint64_t>(
-          std::popcount(std::atomic_ref(words_[page / 64]).load(std::memory_order_relaxed)));
+          std::popcount(std::atomic_ref(bits(0)[page / 64]).load(std::memory_order_relaxed)));
       page += 63;
     } else if (resolved(page)) {
       ++found;
@@ -76,7 +79,7 @@ uint64_t PageMarks::count_resolved(uint64_t first, uint64_t count) const {
 }
 
 void PageMarks::set(int kind, uint64_t first, uint64_t count) {
-  uint64_t* words = words_ + static_cast<uint64_t>(kind) * words_per_kind(pages_);
+  uint64_t* words = bits(kind);
   const uint64_t end = std::min(first + count, pages_);
   for (uint64_t page = first; page < end;) {
     const uint64_t in_word = std::min<uint64_t>(64 - page % 64, end - page);

@@ -1,20 +1,22 @@
-// Two bits for every page of an image that outlive the page server: whether
-// the guest was given the page (resolved), and whether it gave it back since
-// (removed).
+// What a page server must not forget when it is killed: for every page of the
+// image, whether the guest was given it (resolved) and whether it gave it back
+// (removed); and the events that were read and not yet acted upon.
 //
 // A removed page is zero from then on; image content would be the past. The
-// kernel tells of a removal once, when the event is read. If the server is
-// killed between that read and its mark, the successor still sees it: a page
-// that is resolved and yet not there was removed. (Pages are marked resolved
-// after the copy, and before any further event is read.)
+// kernel tells of a removal once, when the event is read. So events are read
+// straight into event_buffer(), where a successor finds them: the kernel has
+// written them before read(2) returns, and so before the reader can die.
 //
-// Marks in a file live in its shared mapping: they survive SIGKILL, not a
-// crash of the host, which the guest does not survive either.
+// With a file behind it, all this lives in a shared mapping and survives
+// SIGKILL. It does not survive a crash of the host, nor does the guest.
 //
-// One thread sets marks; any thread may read them at the same time.
+// One thread sets marks and uses the buffer; any thread may read marks at the
+// same time.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 
 #include "formats/error.h"
@@ -33,6 +35,10 @@ class PageMarks {
   PageMarks& operator=(PageMarks&& other) noexcept;
   ~PageMarks();
 
+  // Room for the messages of one read(2) of a userfaultfd; zeros when all that
+  // was read has been acted upon.
+  std::span<std::byte> event_buffer() const;
+
   uint64_t pages() const { return pages_; }
   bool resolved(uint64_t page) const { return test(0, page); }
   bool removed(uint64_t page) const { return test(1, page); }
@@ -45,15 +51,21 @@ class PageMarks {
   void set_removed(uint64_t first, uint64_t count) { set(1, first, count); }
 
  private:
+  static constexpr uint64_t buffer_bytes = 2048;
+
   PageMarks(uint64_t* words, uint64_t pages) : words_(words), pages_(pages) {}
   static uint64_t words_per_kind(uint64_t pages) { return (pages + 63) / 64; }
-  static uint64_t bytes_for(uint64_t pages) { return 2 * words_per_kind(pages) * 8; }
+  static uint64_t bytes_for(uint64_t pages) { return buffer_bytes + 2 * words_per_kind(pages) * 8; }
   static Result<PageMarks> map(int fd, const std::string& name, uint64_t pages);
 
   bool test(int kind, uint64_t page) const;
   void set(int kind, uint64_t first, uint64_t count);
 
-  uint64_t* words_ = nullptr;  // the resolved bits, then the removed ones
+  uint64_t* bits(int kind) const {
+    return words_ + buffer_bytes / 8 + static_cast<uint64_t>(kind) * words_per_kind(pages_);
+  }
+
+  uint64_t* words_ = nullptr;  // the buffer, the resolved bits, the removed bits
   uint64_t pages_ = 0;
 };
 

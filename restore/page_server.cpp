@@ -38,14 +38,25 @@ PageServer::PageServer(const Uffd& uffd, const ImageReader& reader, PageMarks& m
       marks_(marks),
       ranges_(std::move(ranges)),
       options_(std::move(options)),
-      stop_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      called_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      fill_(options_.fill),
       data_pages_(reader.summary().page_count - reader.summary().zero_pages) {}
 
 PageServer::~PageServer() = default;
 
 void PageServer::stop() {
+  stop_.store(true);
+  wake_server();
+}
+
+void PageServer::begin_fill() {
+  fill_.store(true);
+  wake_server();
+}
+
+void PageServer::wake_server() const {
   const uint64_t one = 1;
-  [[maybe_unused]] const ssize_t put = ::write(stop_.get(), &one, sizeof one);
+  [[maybe_unused]] const ssize_t put = ::write(called_.get(), &one, sizeof one);
 }
 
 PageServerCounters PageServer::counters() const {
@@ -58,7 +69,8 @@ PageServerCounters PageServer::counters() const {
   counters.poisoned = poisoned_.load(std::memory_order_relaxed);
   counters.left_missing = missing_.load(std::memory_order_relaxed);
   counters.faults = faults_.load(std::memory_order_relaxed);
-  counters.fault_us = {latency_.percentile_us(0.50), latency_.percentile_us(0.99), latency_.max_us()};
+  counters.fault_us = {latency_.percentile_us(0.50), latency_.percentile_us(0.99),
+                       latency_.max_us()};
   return counters;
 }
 
@@ -71,12 +83,14 @@ Result<ServeEnd> PageServer::serve() {
 }
 
 Status PageServer::prepare() {
-  if (!stop_) return fail(ErrorCode::io, "cannot make an eventfd: too many open files");
+  if (!called_) return fail(ErrorCode::io, "cannot make an eventfd: too many open files");
   // poll(2) on a blocking userfaultfd only ever says POLLERR.
   const int flags = ::fcntl(uffd_.fd(), F_GETFL);
   if (flags < 0 || ::fcntl(uffd_.fd(), F_SETFL, flags | O_NONBLOCK) < 0) {
     return fail_errno(errno, "cannot make the userfaultfd non-blocking");
   }
+  // What a predecessor had read when it was killed.
+  note_removals(Uffd::parse_messages(marks_.event_buffer()));
   uint64_t largest = page_size;
   for (const ServedRange& range : ranges_) {
     largest = std::max(largest, range.unit);
@@ -85,10 +99,12 @@ Status PageServer::prepare() {
   }
   buffer_.resize(largest);
   zeros_.resize(largest);
-  if (options_.fill) {
-    source_ = VMSNAP_TRY(PageSource::start(reader_, marks_, ranges_,
-                                           decoder_threads(options_.decoder_threads)));
-  }
+  return {};
+}
+
+Status PageServer::start_source() {
+  source_ = VMSNAP_TRY(
+      PageSource::start(reader_, marks_, ranges_, decoder_threads(options_.decoder_threads)));
   return {};
 }
 
@@ -102,10 +118,12 @@ Result<ServeEnd> PageServer::run() {
     const size_t events = VMSNAP_TRY(read_events());
     VMSNAP_CHECK(answer_faults());
     if (events > 0 || !waiting_.empty()) continue;
-    if (!source_) continue;
+    if (!fill_.load() || filled_) continue;
+    if (!source_) VMSNAP_CHECK(start_source());
     VMSNAP_CHECK(fill(Clock::now() - last_fault_ < recent ? small_piece : large_piece));
     if (!nothing_left()) continue;
     source_.reset();
+    filled_ = true;
     VMSNAP_TEST_POINT("restore.filled");
     if (!options_.release) continue;
     VMSNAP_CHECK(release_ranges());
@@ -114,7 +132,8 @@ Result<ServeEnd> PageServer::run() {
 }
 
 Result<bool> PageServer::wait_for_work() {
-  const bool can_fill = source_ && (extent_ || source_->exhausted());
+  const bool to_begin = fill_.load() && !filled_ && !source_;
+  const bool can_fill = to_begin || (source_ && (extent_ || source_->exhausted()));
   int timeout_ms = 1000;
   if (!waiting_.empty() || stalled_) {
     // EAGAIN: the thread that removes memory has yet to run. It needs a CPU.
@@ -123,12 +142,16 @@ Result<bool> PageServer::wait_for_work() {
     timeout_ms = 0;
   }
   pollfd fds[4] = {{uffd_.fd(), POLLIN, 0},
-                   {stop_.get(), POLLIN, 0},
+                   {called_.get(), POLLIN, 0},
                    {options_.pidfd, POLLIN, 0},
                    {source_ && !extent_ ? source_->ready_fd() : -1, POLLIN, 0}};
   const int ready = ::poll(fds, 4, timeout_ms);
   if (ready < 0 && errno != EINTR) return fail_errno(errno, "cannot wait for page faults");
-  if (fds[1].revents || fds[2].revents) return false;
+  if (stop_.load() || fds[2].revents) return false;
+  if (fds[1].revents) {
+    uint64_t ignored;
+    [[maybe_unused]] const ssize_t got = ::read(called_.get(), &ignored, sizeof ignored);
+  }
   if (fds[0].revents & (POLLERR | POLLNVAL)) {
     return fail(ErrorCode::io, "the userfaultfd of {} cannot be waited for", options_.vm);
   }
@@ -165,12 +188,12 @@ bool PageServer::find_range(RemotePtr address, size_t* index) const {
 // comes with the removal of its page may be answered with zeros in either
 // order, and one that comes after it must be.
 Result<size_t> PageServer::read_events() {
-  const std::vector<UffdEvent> events = VMSNAP_TRY(uffd_.read_events());
+  const auto messages = VMSNAP_TRY(uffd_.read_messages(marks_.event_buffer()));
+  const std::vector<UffdEvent> events = Uffd::parse_messages(messages);
+  note_removals(events);
   const Clock::time_point now = Clock::now();
   for (const UffdEvent& event : events) {
-    if (event.kind == UffdEvent::Kind::removed || event.kind == UffdEvent::Kind::unmapped) {
-      note_removed(event.address, event.length);
-    } else if (event.kind == UffdEvent::Kind::missing) {
+    if (event.kind == UffdEvent::Kind::missing) {
       size_t index;
       if (!find_range(event.address, &index)) {
         // A VMM that registered more than it told of. It waits for ever, alone.
@@ -185,6 +208,20 @@ Result<size_t> PageServer::read_events() {
     }
   }
   return events.size();
+}
+
+// Marks what the events removed, and then forgets the events.
+void PageServer::note_removals(const std::vector<UffdEvent>& events) {
+  for (const UffdEvent& event : events) {
+    if (event.kind == UffdEvent::Kind::removed || event.kind == UffdEvent::Kind::unmapped) {
+      note_removed(event.address, event.length);
+    }
+  }
+  // We may be killed between any two stores: these must not change places.
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+  const auto done = marks_.event_buffer().first(events.size() * Uffd::message_bytes);
+  std::fill(done.begin(), done.end(), std::byte{0});
+  std::atomic_signal_fence(std::memory_order_seq_cst);
 }
 
 void PageServer::note_removed(RemotePtr start, uint64_t length) {
@@ -238,7 +275,8 @@ Result<PageServer::Answer> PageServer::answer(const Fault& fault) {
       VMSNAP_CHECK(uffd_.wake({fault.address, range.unit}));
       return Answer::done;
     case CopyOutcome::try_again:
-    case CopyOutcome::no_memory: return Answer::again;
+    case CopyOutcome::no_memory:
+      return Answer::again;
   }
   return Answer::done;
 }
@@ -256,9 +294,9 @@ Result<bool> PageServer::read_unit(const ServedRange& range, uint64_t first_page
 
 Result<PageServer::Answer> PageServer::give_zero(const ServedRange& range, RemotePtr at) {
   // UFFDIO_ZEROPAGE knows no huge pages.
-  const auto given = VMSNAP_TRY(range.unit == page_size
-                                    ? uffd_.zero({at, page_size})
-                                    : uffd_.copy(at, {zeros_.data(), range.unit}));
+  const auto given =
+      VMSNAP_TRY(range.unit == page_size ? uffd_.zero({at, page_size})
+                                         : uffd_.copy(at, {zeros_.data(), range.unit}));
   if (given.outcome == CopyOutcome::try_again || given.outcome == CopyOutcome::no_memory) {
     return Answer::again;
   }

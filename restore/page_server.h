@@ -39,9 +39,8 @@
 namespace vmsnap {
 
 // The features that a userfaultfd for a restore must be made with.
-inline constexpr uint64_t page_server_features = uffd_feature::missing_hugetlbfs |
-                                                 uffd_feature::missing_shmem |
-                                                 uffd_feature::event_remove;
+inline constexpr uint64_t page_server_features =
+    uffd_feature::missing_hugetlbfs | uffd_feature::missing_shmem | uffd_feature::event_remove;
 
 enum class ServeEnd {
   filled,   // all is there and the ranges are no longer watched
@@ -50,12 +49,12 @@ enum class ServeEnd {
 };
 
 struct PageServerOptions {
-  bool fill = true;            // load what nobody touches, too
-  bool release = true;         // when all is there, unregister the ranges and return
-  bool use_poison = true;      // false: as on a kernel without UFFDIO_POISON
+  bool fill = true;              // load what nobody touches, too, from the start
+  bool release = true;           // when all is there, unregister the ranges and return
+  bool use_poison = true;        // false: as on a kernel without UFFDIO_POISON
   unsigned decoder_threads = 0;  // 0: by the number of CPUs, at most 4
-  int pidfd = -1;              // of the VMM (borrowed); -1: its death is found by asking
-  std::string vm = "the VM";   // for the log
+  int pidfd = -1;                // of the VMM (borrowed); -1: its death is found by asking
+  std::string vm = "the VM";     // for the log
 };
 
 struct LatencySummary {
@@ -70,9 +69,9 @@ struct PageServerCounters {
   uint64_t found_filled = 0;          // data pages that were there before serve()
   uint64_t removed = 0;               // given back by the guest
   uint64_t poisoned = 0;
-  uint64_t left_missing = 0;          // unreadable, and could not be poisoned
-  uint64_t faults = 0;                // answered
-  LatencySummary fault_us;            // from reading the event to the page being there
+  uint64_t left_missing = 0;  // unreadable, and could not be poisoned
+  uint64_t faults = 0;        // answered
+  LatencySummary fault_us;    // from reading the event to the page being there
 
   uint64_t filled() const { return filled_by_fault + filled_by_background + found_filled; }
 };
@@ -94,8 +93,11 @@ class PageServer {
   // pages are counted and logged.
   Result<ServeEnd> serve();
 
-  // From any thread or signal handler: serve() returns soon.
+  // The two of them from any thread. serve() returns soon:
   void stop();
+  // Begins to fill, if it was not to from the start. (A guest that is to run is
+  // waited for by nobody when it runs first.)
+  void begin_fill();
 
   PageServerCounters counters() const;
 
@@ -109,9 +111,12 @@ class PageServer {
   enum class Answer { done, again };
 
   Result<ServeEnd> run();
+  void wake_server() const;
   Status prepare();
+  Status start_source();
   Result<bool> wait_for_work();  // false: the VMM is gone or stop() was called
   Result<size_t> read_events();
+  void note_removals(const std::vector<UffdEvent>& events);
   void note_removed(RemotePtr start, uint64_t length);
   Status answer_faults();
   Result<Answer> answer(const Fault& fault);
@@ -140,17 +145,19 @@ class PageServer {
   const std::vector<ServedRange> ranges_;
   const PageServerOptions options_;
 
-  Fd stop_;
+  Fd called_;  // eventfd: one of the two flags was set
+  std::atomic<bool> stop_ = false, fill_ = false;
+  bool filled_ = false;
   std::unique_ptr<PageSource> source_;
-  DecodedExtent* extent_ = nullptr;  // being copied by the fill
-  uint64_t extent_done_ = 0;         // pages of it
-  std::vector<Fault> waiting_;       // read and not yet answered
+  DecodedExtent* extent_ = nullptr;          // being copied by the fill
+  uint64_t extent_done_ = 0;                 // pages of it
+  std::vector<Fault> waiting_;               // read and not yet answered
   std::unordered_set<uint64_t> unreadable_;  // first pages of units already given up
   std::vector<RemoteRange> left_missing_;    // those that could not be poisoned
-  std::vector<std::byte> buffer_;    // one unit
-  std::vector<std::byte> zeros_;     // one huge unit, where zero pages must be copied
+  std::vector<std::byte> buffer_;            // one unit
+  std::vector<std::byte> zeros_;             // one huge unit, where zero pages must be copied
   Clock::time_point last_fault_;
-  bool stalled_ = false;             // the last step got EAGAIN: do not spin
+  bool stalled_ = false;  // the last step got EAGAIN: do not spin
   bool passed_half_ = false;
 
   LatencyHistogram latency_;

@@ -27,10 +27,10 @@ namespace vmsnap {
 
 // A piece of a VMM's memory and the image pages that belong there.
 struct ServedRange {
-  RemoteRange range;         // whole units
-  uint64_t first_page = 0;   // image page of its first 4 KiB
+  RemoteRange range;          // whole units
+  uint64_t first_page = 0;    // image page of its first 4 KiB
   uint64_t unit = page_size;  // bytes of one page of the mapping: 4 KiB or 2 MiB
-  std::string name;          // for messages
+  std::string name;           // for messages
 
   uint64_t page_count() const { return range.length / page_size; }
   RemotePtr address_of(uint64_t image_page) const {

@@ -5,7 +5,6 @@
 #include <filesystem>
 
 #include "formats/interrupt.h"
-#include "restore/guest_ram.h"
 #include "restore/launch.h"
 #include "restore/launch_rules.h"
 #include "restore/served_vm.h"
@@ -83,8 +82,9 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
 
   auto image = VMSNAP_TRY(ImageReader::open(record.image));
   if (image->info().id != record.image_id) {
-    return fail(ErrorCode::damaged, "{} is not the image that this VM was restored from ({}, not {})",
-                record.image, image->info().id, record.image_id);
+    return fail(ErrorCode::damaged,
+                "{} is not the image that this VM was restored from ({}, not {})", record.image,
+                image->info().id, record.image_id);
   }
   VMSNAP_CHECK(check_ranges(record, *image));
   if (record.uffd < 0) return fail(ErrorCode::damaged, "restore.json names no userfaultfd");
@@ -101,16 +101,18 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
     return dir.write(record);
   }
   PageMarks marks = VMSNAP_TRY(PageMarks::open(dir.file("pages"), image->page_count()));
-  VMSNAP_CHECK(find_lost_removals(*process, record.ranges, marks));
 
-  ServedVm vm{std::move(dir),      std::move(record), std::move(image), *std::move(process),
-              Uffd::adopt(*std::move(uffd)), std::move(marks)};
+  ServedVm vm{std::move(dir),
+              std::move(record),
+              std::move(image),
+              *std::move(process),
+              Uffd::adopt(*std::move(uffd)),
+              std::move(marks)};
   vm.record.server_pid = ::getpid();
   VMSNAP_CHECK(vm.dir.write(vm.record));
   std::unique_ptr<Serving> serving = Serving::start(vm);
   VMSNAP_CHECK(resume_if_due(vm));
-  return serve_to_end(vm, std::move(serving), {options.detach, options.json, started},
-                      context);
+  return serve_to_end(vm, std::move(serving), {options.detach, options.json, started}, context);
 }
 
 }  // namespace vmsnap

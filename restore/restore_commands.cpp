@@ -44,8 +44,9 @@ void add_restore(CLI::App& app, CommandContext& context) {
                       "Directory for sockets, logs and restore.json (default: a new one)");
   command->add_option("--reattach", arguments->reattach,
                       "Take over the VM of this run directory, whose page server died");
-  command->add_option("--replace", arguments->replacements,
-                      "OLD=NEW: change text in the recorded arguments; may be given again")
+  command
+      ->add_option("--replace", arguments->replacements,
+                   "OLD=NEW: change text in the recorded arguments; may be given again")
       ->allow_extra_args(false);  // each takes one word, and none takes the "--"
   command->add_option("--qemu", arguments->options.qemu,
                       "Executable to start instead of the recorded one");

@@ -106,16 +106,16 @@ Status Restore::prepare() {
 
 Status Restore::take_memory(Qmp& qmp) {
   const Process& process = vm_->process;
-  auto blocks = VMSNAP_TRY(match_blocks(vm_->image->info().regions,
-                                        VMSNAP_TRY(read_ram_blocks(qmp, process))));
-  HandedUffd handed = VMSNAP_TRY(
-      bring_out_uffd(process, &qmp, VMSNAP_TRY(wanted_features()), KeepInVmm::yes));
+  auto blocks = VMSNAP_TRY(
+      match_blocks(vm_->image->info().regions, VMSNAP_TRY(read_ram_blocks(qmp, process))));
+  HandedUffd handed =
+      VMSNAP_TRY(bring_out_uffd(process, &qmp, VMSNAP_TRY(wanted_features()), KeepInVmm::yes));
   vm_->uffd = std::move(handed.uffd);
   vm_->record.uffd = handed.remote_fd;
   vm_->record.ranges = VMSNAP_TRY(watch_memory(vm_->uffd, process, std::move(blocks)));
   vm_->marks = VMSNAP_TRY(PageMarks::create(vm_->dir.file("pages"), vm_->image->page_count()));
-  const uint64_t present = VMSNAP_TRY(
-      overwrite_present_pages(process, *vm_->image, vm_->record.ranges, vm_->marks));
+  const uint64_t present =
+      VMSNAP_TRY(overwrite_present_pages(process, *vm_->image, vm_->record.ranges, vm_->marks));
   log_debug("{} pages were there before the restore", present);
   serving_ = Serving::start(*vm_);
   return enter(RestorePhase::registered);
@@ -148,8 +148,8 @@ Status Restore::until_running() {
   VMSNAP_CHECK(vm_->dir.write(vm_->record));
   VMSNAP_TEST_POINT("restore.start");
   const std::vector<std::byte> state = VMSNAP_TRY(vm_->image->device_state());
-  qemu_ = std::make_unique<StartedVm>(
-      VMSNAP_TRY(StartedVm::start(line_, vm_->dir.file("qemu.log"))));
+  qemu_ =
+      std::make_unique<StartedVm>(VMSNAP_TRY(StartedVm::start(line_, vm_->dir.file("qemu.log"))));
   vm_->process = VMSNAP_TRY(Process::open(qemu_->process().pid()));
   vm_->record.pid = vm_->process.pid();
   vm_->record.start_time = vm_->process.start_time();
@@ -178,8 +178,8 @@ Status Restore::run() {
   }
   VMSNAP_TEST_POINT("restore.running");
   qemu_.reset();
-  return serve_to_end(*vm_, std::move(serving_),
-                      {options_.detach, options_.json, started_}, context_);
+  return serve_to_end(*vm_, std::move(serving_), {options_.detach, options_.json, started_},
+                      context_);
 }
 
 }  // namespace

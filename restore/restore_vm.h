@@ -24,9 +24,9 @@ namespace vmsnap {
 
 struct RestoreOptions {
   std::string image;
-  std::string run_dir;       // empty: a new one
-  std::string qemu;          // empty: the recorded executable
-  std::string chdir;         // empty: the recorded working directory
+  std::string run_dir;  // empty: a new one
+  std::string qemu;     // empty: the recorded executable
+  std::string chdir;    // empty: the recorded working directory
   std::vector<Replacement> replacements;
   std::vector<std::string> extra;
   bool start_paused = false;

@@ -193,8 +193,8 @@ Result<RunDir> RunDir::create(const std::string& path) {
   VMSNAP_CHECK(dir.take_lock());
   if (fs::exists(dir.file("restore.json"))) {
     const RestoreRecord before = VMSNAP_TRY(dir.read());
-    const auto process = before.pid > 0 ? Process::open(before.pid)
-                                        : Result<Process>(fail(ErrorCode::vm, "none"));
+    const auto process =
+        before.pid > 0 ? Process::open(before.pid) : Result<Process>(fail(ErrorCode::vm, "none"));
     if (process && process->start_time() == before.start_time) {
       return tl::unexpected(Error(ErrorCode::exists, fmt::format("{} still runs in {}",
                                                                  process->describe(), dir.path_))

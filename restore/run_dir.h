@@ -40,15 +40,15 @@ std::string_view phase_name(RestorePhase phase);
 
 struct RestoreRecord {
   RestorePhase phase = RestorePhase::starting;
-  std::string image;       // absolute path
+  std::string image;  // absolute path
   std::string image_id;
-  std::string qmp;         // socket path
-  pid_t pid = 0;           // of QEMU; 0: none yet
-  uint64_t start_time = 0; // proc(5) stat field 22: with pid, names the process
-  int uffd = -1;           // descriptor number in QEMU
-  pid_t server_pid = 0;    // of the page server, for people
-  bool resume = true;      // the VM is to run when it is loaded
-  double ready_ms = 0;     // from the command to the running guest
+  std::string qmp;          // socket path
+  pid_t pid = 0;            // of QEMU; 0: none yet
+  uint64_t start_time = 0;  // proc(5) stat field 22: with pid, names the process
+  int uffd = -1;            // descriptor number in QEMU
+  pid_t server_pid = 0;     // of the page server, for people
+  bool resume = true;       // the VM is to run when it is loaded
+  double ready_ms = 0;      // from the command to the running guest
   std::vector<ServedRange> ranges;
   nlohmann::json counters = nlohmann::json::object();  // for people
 };

@@ -1,9 +1,9 @@
 #include "restore/serve.h"
 
 #include <poll.h>
-#include <sys/syscall.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -238,10 +238,10 @@ Status serve(const ServeOptions& options, CommandContext& context) {
     if (sessions.reap() && options.once) break;
   }
   if (sessions.unreadable() == 0) return {};
-  return tl::unexpected(Error(ErrorCode::poisoned,
-                              fmt::format("{} pages of {} could not be read back",
-                                          sessions.unreadable(), options.image))
-                            .with_remedy("vmsnap verify names what is damaged."));
+  return tl::unexpected(
+      Error(ErrorCode::poisoned, fmt::format("{} pages of {} could not be read back",
+                                             sessions.unreadable(), options.image))
+          .with_remedy("vmsnap verify names what is damaged."));
 }
 
 }  // namespace vmsnap

@@ -17,8 +17,8 @@ namespace vmsnap {
 
 struct ServeOptions {
   std::string image;
-  std::string socket;   // path; made with mode 0600, removed at the end
-  bool once = false;    // end when the first VMM that was served has gone
+  std::string socket;  // path; made with mode 0600, removed at the end
+  bool once = false;   // end when the first VMM that was served has gone
 };
 
 // Blocks until SIGINT, SIGTERM or SIGHUP (ErrorCode::interrupted), or with

@@ -22,6 +22,7 @@ Result<uint64_t> wanted_features() {
 
 std::unique_ptr<Serving> Serving::start(ServedVm& vm) {
   PageServerOptions options;
+  options.fill = false;
   options.pidfd = vm.process.pidfd();
   options.vm = vm.process.describe();
   const auto features = Uffd::kernel_features();
@@ -61,7 +62,8 @@ nlohmann::json to_json(const PageServerCounters& counters) {
 namespace {
 
 double ms_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+      .count();
 }
 
 void print_summary(const ServedVm& vm, const PageServerCounters& counters,
@@ -72,18 +74,19 @@ void print_summary(const ServedVm& vm, const PageServerCounters& counters,
     pages.erase("faults");
     pages["total"] = image.page_count;
     pages["zero"] = image.zero_pages;
-    const nlohmann::json summary = {
-        {"id", vm.record.image_id},
-        {"run_dir", vm.dir.path()},
-        {"pid", vm.record.pid},
-        {"qmp", vm.record.qmp},
-        {"phase", phase_name(vm.record.phase)},
-        {"ready_ms", vm.record.ready_ms},
-        {"total_ms", ms_since(manner.started)},
-        {"pages", std::move(pages)},
-        {"faults", counters.faults},
-        {"fault_us",
-         {{"p50", counters.fault_us.p50}, {"p99", counters.fault_us.p99}, {"max", counters.fault_us.max}}}};
+    const nlohmann::json summary = {{"id", vm.record.image_id},
+                                    {"run_dir", vm.dir.path()},
+                                    {"pid", vm.record.pid},
+                                    {"qmp", vm.record.qmp},
+                                    {"phase", phase_name(vm.record.phase)},
+                                    {"ready_ms", vm.record.ready_ms},
+                                    {"total_ms", ms_since(manner.started)},
+                                    {"pages", std::move(pages)},
+                                    {"faults", counters.faults},
+                                    {"fault_us",
+                                     {{"p50", counters.fault_us.p50},
+                                      {"p99", counters.fault_us.p99},
+                                      {"max", counters.fault_us.max}}}};
     context.out << summary.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
   } else {
     context.out << fmt::format(
@@ -94,9 +97,8 @@ void print_summary(const ServedVm& vm, const PageServerCounters& counters,
         vm.process.describe(), vm.record.resume ? "runs" : "is paused", vm.record.ready_ms,
         vm.dir.path(), vm.record.qmp, image.zero_pages, counters.filled_by_fault,
         counters.filled_by_background + counters.found_filled,
-        counters.data_pages - std::min(counters.data_pages, counters.filled()),
-        counters.data_pages, counters.faults, counters.fault_us.p50, counters.fault_us.p99,
-        counters.fault_us.max);
+        counters.data_pages - std::min(counters.data_pages, counters.filled()), counters.data_pages,
+        counters.faults, counters.fault_us.p50, counters.fault_us.p99, counters.fault_us.max);
   }
   context.out.flush();
 }
@@ -107,8 +109,10 @@ Status conclude(ServedVm& vm, const Result<ServeEnd>& end, const PageServerCount
   vm.record.server_pid = 0;
   if (!end) {
     (void)vm.dir.write(vm.record);
-    return tl::unexpected(Error(end.error()).with_remedy(fmt::format(
-        "The VM waits for its memory: vmsnap restore --reattach {}", vm.dir.path())));
+    return tl::unexpected(
+        Error(end.error())
+            .with_remedy(fmt::format("The VM waits for its memory: vmsnap restore --reattach {}",
+                                     vm.dir.path())));
   }
   if (*end == ServeEnd::vm_gone) {
     vm.record.phase = RestorePhase::ended;
@@ -174,6 +178,7 @@ Result<pid_t> serve_in_background(ServedVm& vm) {
   Status written = vm.dir.write(vm.record);
   if (!written) log_warning("{}", written.error().message());
   const auto serving = Serving::start(vm);
+  serving->begin_fill();
   const Result<ServeEnd> end = serving->wait();
   const Status concluded = conclude(vm, end, serving->counters());
   if (concluded) {
@@ -188,6 +193,8 @@ Result<pid_t> serve_in_background(ServedVm& vm) {
 
 Status serve_to_end(ServedVm& vm, std::unique_ptr<Serving> serving, const ServeManner& manner,
                     CommandContext& context) {
+  // The guest runs by now: it comes before any loading ahead.
+  if (!manner.detach) serving->begin_fill();
   RestoreProgress progress(context);
   while (!manner.detach && !serving->ended() && !interrupted()) {
     ::usleep(20000);

@@ -37,6 +37,8 @@ class Serving {
   static std::unique_ptr<Serving> start(ServedVm& vm);
   ~Serving();  // stops it
 
+  // Nothing is loaded ahead before this.
+  void begin_fill() { server_->begin_fill(); }
   bool ended() const { return ended_.load(); }
   // Makes it stop, if it has not ended by itself, and waits for it.
   Result<ServeEnd> stop();

@@ -8,6 +8,7 @@
 
 #include <array>
 #include <cerrno>
+#include <cstring>
 
 namespace vmsnap {
 
@@ -141,16 +142,34 @@ Result<ProtectOutcome> Uffd::unprotect(RemoteRange range, bool wake) const {
   return change_protection(fd(), range, wake ? 0 : UFFDIO_WRITEPROTECT_MODE_DONTWAKE);
 }
 
-Result<std::vector<UffdEvent>> Uffd::read_events(size_t limit) const {
-  std::array<uffd_msg, 64> messages;
-  const size_t wanted = std::min(limit, messages.size()) * sizeof(uffd_msg);
-  const ssize_t got = ::read(fd(), messages.data(), wanted);
-  if (got < 0 && (errno == EAGAIN || errno == EINTR)) return std::vector<UffdEvent>();
-  if (got < 0) return fail_errno(errno, "cannot read the events of a userfaultfd");
+static_assert(Uffd::message_bytes == sizeof(uffd_msg));
 
-  std::vector<UffdEvent> events(static_cast<size_t>(got) / sizeof(uffd_msg));
+Result<std::vector<UffdEvent>> Uffd::read_events(size_t limit) const {
+  std::array<std::byte, 64 * message_bytes> buffer;
+  const size_t wanted = std::min(buffer.size(), limit * message_bytes);
+  return parse_messages(VMSNAP_TRY(read_messages(std::span(buffer).first(wanted))));
+}
+
+Result<std::span<const std::byte>> Uffd::read_messages(std::span<std::byte> buffer) const {
+  const ssize_t got = ::read(fd(), buffer.data(), buffer.size());
+  if (got < 0 && errno != EAGAIN && errno != EINTR) {
+    return fail_errno(errno, "cannot read the events of a userfaultfd");
+  }
+  const auto messages = buffer.first(got > 0 ? static_cast<size_t>(got) : 0);
+  for (size_t at = 0; at + message_bytes <= messages.size(); at += message_bytes) {
+    uffd_msg message;
+    std::memcpy(&message, messages.data() + at, sizeof message);
+    // A descriptor of the child's memory came along; nobody here wants it.
+    if (message.event == UFFD_EVENT_FORK) ::close(static_cast<int>(message.arg.fork.ufd));
+  }
+  return messages;
+}
+
+std::vector<UffdEvent> Uffd::parse_messages(std::span<const std::byte> messages) {
+  std::vector<UffdEvent> events(messages.size() / message_bytes);
   for (size_t i = 0; i < events.size(); ++i) {
-    const uffd_msg& message = messages[i];
+    uffd_msg message;
+    std::memcpy(&message, messages.data() + i * message_bytes, sizeof message);
     UffdEvent& event = events[i];
     switch (message.event) {
       case UFFD_EVENT_PAGEFAULT: {
@@ -173,10 +192,7 @@ Result<std::vector<UffdEvent>> Uffd::read_events(size_t limit) const {
         event.address = RemotePtr(message.arg.remap.from);
         event.length = message.arg.remap.len;
         break;
-      case UFFD_EVENT_FORK:
-        event.kind = UffdEvent::Kind::forked;
-        ::close(static_cast<int>(message.arg.fork.ufd));
-        break;
+      case UFFD_EVENT_FORK: event.kind = UffdEvent::Kind::forked; break;
       default: event.kind = UffdEvent::Kind::other;
     }
   }

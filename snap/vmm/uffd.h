@@ -81,6 +81,14 @@ class Uffd {
   // descriptor must be O_NONBLOCK.
   Result<std::vector<UffdEvent>> read_events(size_t limit = 64) const;
 
+  // The same in two steps, for who must not lose an event that was read when
+  // it is killed: the kernel writes the messages into `buffer` (a multiple of
+  // message_bytes long) before read(2) returns, and whoever has the buffer can
+  // tell what they said. Zeroed messages are events of the kind `other`.
+  static constexpr size_t message_bytes = 32;
+  Result<std::span<const std::byte>> read_messages(std::span<std::byte> buffer) const;
+  static std::vector<UffdEvent> parse_messages(std::span<const std::byte> messages);
+
   // Fills absent pages atomically and wakes who waits. `copied_bytes`: how far
   // it got (also when the outcome is not `copied`).
   struct Copied {

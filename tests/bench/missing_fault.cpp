@@ -59,7 +59,9 @@ struct Watched {
     uffd.close();
     ::munmap(memory, pages * page_size);
   }
-  RemoteRange range() const { return {RemotePtr(reinterpret_cast<uint64_t>(memory)), pages * page_size}; }
+  RemoteRange range() const {
+    return {RemotePtr(reinterpret_cast<uint64_t>(memory)), pages * page_size};
+  }
 };
 
 // Touches every page once, in random order; the microseconds of each.
@@ -101,7 +103,8 @@ std::vector<double> measure_server(const ImageReader& image) {
   PageMarks marks = must(PageMarks::in_memory(image.page_count()), "marks");
   PageServerOptions options;
   options.fill = false;
-  PageServer server(watched.uffd, image, marks, {{watched.range(), 0, page_size, "bench"}}, options);
+  PageServer server(watched.uffd, image, marks, {{watched.range(), 0, page_size, "bench"}},
+                    options);
   std::thread thread([&] { must(server.serve(), "serve"); });
   std::vector<double> took = touch_all(watched);
   server.stop();
@@ -155,7 +158,8 @@ void print(const char* what, const std::vector<double>& took) {
 
 int main(int argc, char** argv) {
   const uint64_t pages = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 20000;
-  const std::string path = (std::filesystem::temp_directory_path() / "vmsnap-missing-fault.img").string();
+  const std::string path =
+      (std::filesystem::temp_directory_path() / "vmsnap-missing-fault.img").string();
   write_image(path, pages);
   const auto image = must(ImageReader::open(path), "image");
   std::printf("reading and decoding a page: %.1f us (median)\n", decode_us(*image));

@@ -14,7 +14,7 @@ def pytest_configure(config):
     # A test that runs into ctest's time limit gets SIGTERM: clean up then, too.
     def stop(number, frame):
         del frame
-        raise SystemExit(f"signal {number}")
+        pytest.exit(f"signal {number}", returncode=3)
     signal.signal(signal.SIGTERM, stop)
 
 

@@ -41,6 +41,7 @@ class Qmp:
         self._socket.settimeout(limit)
         self._socket.connect(str(path))
         self._file = self._socket.makefile("rw", encoding="utf-8")
+        self._number = 0
         self.events = []  # the names of those that came so far
         self._read()  # the greeting
         self.execute("qmp_capabilities")
@@ -59,12 +60,18 @@ class Qmp:
         return json.loads(line)
 
     def execute(self, command, **arguments):
-        self._file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        # QEMU may send us the answer to a command of the client before us, which
+        # did not wait for it: by the id we know our own.
+        self._number += 1
+        question = {"execute": command, "arguments": arguments, "id": self._number}
+        self._file.write(json.dumps(question) + "\n")
         self._file.flush()
         while True:
             answer = self._read()
             if "event" in answer:
                 self.events.append(answer["event"])
+            if answer.get("id") != self._number:
+                continue
             if "error" in answer:
                 raise QmpError(f"{command}: {answer['error']['desc']}")
             if "return" in answer:
@@ -188,7 +195,8 @@ class Qemu(Machine):
 
     def kill(self):
         self.process.kill()
-        self.process.wait()
+        # Not wait(): one who traces it, even stopped, delays its reaping.
+        harness.wait_until(lambda: not harness.is_running(self.pid), "QEMU to die")
 
 
 def restored(run_dir):

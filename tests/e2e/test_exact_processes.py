@@ -8,7 +8,7 @@ import harness
 import system
 import victims
 
-MIB = 64
+MIB = 32
 
 
 def snapshot_and_judge(world, victim, times=2):

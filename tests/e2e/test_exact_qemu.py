@@ -39,7 +39,7 @@ def test_each_kind_of_ram(world, ram):
     guest = victims.OrderedGuest(world, ram=ram)
     files = checks.open_files(guest.pid)
     image = world.path("vm.img")
-    for _ in range(2):
+    for _ in range(2):  # the second one finds huge pages split, and files cached
         world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", image,
                      "--force").expect("ok")
         checks.assert_running(guest, files)

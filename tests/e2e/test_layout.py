@@ -76,13 +76,18 @@ def test_headers(folder):
 
 
 def listed_files():
-    done = subprocess.run(["git", "-c", f"safe.directory={harness.SOURCE}", "ls-files", "--cached", "--others", "--exclude-standard"],
-                          cwd=harness.SOURCE, capture_output=True, text=True, check=False)
-    if done.returncode != 0:  # a source archive
-        return [path.relative_to(harness.SOURCE).as_posix()
-                for path in harness.SOURCE.rglob("*") if path.is_file()
-                and not path.relative_to(harness.SOURCE).parts[0].startswith("build")]
-    return done.stdout.split("\n")[:-1]
+    """What belongs to the source: what git knows or could add."""
+    try:
+        done = subprocess.run(["git", "-c", f"safe.directory={harness.SOURCE}", "ls-files",
+                               "--cached", "--others", "--exclude-standard"], check=True,
+                              cwd=harness.SOURCE, capture_output=True, text=True)
+        return done.stdout.split("\n")[:-1]
+    except (OSError, subprocess.CalledProcessError):  # an unpacked archive, or no git
+        found = [path.relative_to(harness.SOURCE) for path in harness.SOURCE.rglob("*")
+                 if path.is_file()]
+        return [path.as_posix() for path in found
+                if not path.parts[0].startswith("build") and path.parts[:2] != ("tests", "cache")
+                and "__pycache__" not in path.parts]
 
 
 def test_top_level():

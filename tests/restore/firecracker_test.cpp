@@ -3,6 +3,7 @@
 #include "restore/firecracker.h"
 
 #include <fcntl.h>
+#include <gtest/gtest.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -12,16 +13,12 @@
 #include <random>
 #include <thread>
 
-#include <gtest/gtest.h>
-
 namespace vmsnap {
 namespace {
 
 constexpr uint64_t image_pages = 4096;  // 16 MiB
 
-std::string region(const std::string& members) {
-  return "[{" + members + "}]";
-}
+std::string region(const std::string& members) { return "[{" + members + "}]"; }
 
 TEST(Handshake, RegionsAreRead) {
   const auto ranges = parse_handshake(
@@ -88,8 +85,7 @@ const BadMessage bad_messages[] = {
      "region 0: \"offset\" is not a whole number"},
     {R"([{"base_host_virt_addr":99999999999999999999999,"size":4096,"offset":0}])",
      "region 0: \"base_host_virt_addr\" is not a whole number"},
-    {R"([{"base_host_virt_addr":0,"size":4096,"offset":0}])",
-     "region 0: it begins at address 0"},
+    {R"([{"base_host_virt_addr":0,"size":4096,"offset":0}])", "region 0: it begins at address 0"},
     {R"([{"base_host_virt_addr":4096,"size":0,"offset":0}])", "region 0: it is empty"},
     {R"([{"base_host_virt_addr":4097,"size":4096,"offset":0}])",
      "region 0: 0x1001 (+0x1000) is not a whole number of 4096 byte pages"},
@@ -126,8 +122,7 @@ const BadMessage bad_messages[] = {
     {R"([{"base_host_virt_addr":4096,"size":8192,"offset":0},
          {"base_host_virt_addr":65536,"size":4096,"offset":4096}])",
      "region 0 and region 1 overlap in the image"},
-    {R"([{"base_host_virt_addr":4096,"size":4096,"offset":0},7])",
-     "region 1 is not a JSON object"},
+    {R"([{"base_host_virt_addr":4096,"size":4096,"offset":0},7])", "region 1 is not a JSON object"},
 };
 
 TEST(Handshake, BadMessagesAreRefusedWithTheReason) {
@@ -198,11 +193,14 @@ class Connection {
   Fd vmm_, ours_;
 };
 
-Fd make_uffd() { return Fd(static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC | 1 /*user mode*/))); }
+Fd make_uffd() {
+  return Fd(static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC | 1 /*user mode*/)));
+}
 
 size_t open_descriptors() {
   size_t count = 0;
-  for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) ++count;
+  for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator("/proc/self/fd"))
+    ++count;
   return count;
 }
 
@@ -224,7 +222,8 @@ TEST(HandshakeOverASocket, InPiecesOfOneByte) {
     const Fd uffd = make_uffd();
     std::thread vmm([&] {
       for (size_t i = 0; i < good.size(); ++i) {
-        connection.send(good.substr(i, 1), i == with_descriptor ? std::vector{uffd.get()} : std::vector<int>{});
+        connection.send(good.substr(i, 1),
+                        i == with_descriptor ? std::vector{uffd.get()} : std::vector<int>{});
       }
     });
     const auto handshake = connection.receive();
@@ -292,10 +291,27 @@ TEST(HandshakeOverASocket, TooLargeOrTooSlow) {
 
 TEST(HandshakeOverASocket, RandomOnesAreRefusedOrValid) {
   std::mt19937_64 random(4);
-  const std::vector<std::string> words = {
-      "[", "]", "{", "}", ",", ":", "\"", "\\", "0", "-1", "4096", "18446744073709551615", "1e9",
-      "\"base_host_virt_addr\":", "\"size\":", "\"offset\":", "\"page_size\":", "null", " ", "\xff",
-      R"({"base_host_virt_addr":4096,"size":4096,"offset":0})"};
+  const std::vector<std::string> words = {"[",
+                                          "]",
+                                          "{",
+                                          "}",
+                                          ",",
+                                          ":",
+                                          "\"",
+                                          "\\",
+                                          "0",
+                                          "-1",
+                                          "4096",
+                                          "18446744073709551615",
+                                          "1e9",
+                                          "\"base_host_virt_addr\":",
+                                          "\"size\":",
+                                          "\"offset\":",
+                                          "\"page_size\":",
+                                          "null",
+                                          " ",
+                                          "\xff",
+                                          R"({"base_host_virt_addr":4096,"size":4096,"offset":0})"};
   for (int round = 0; round < 3000; ++round) {
     std::string text = "[";
     for (uint64_t n = random() % 12; n > 0; --n) text += words[random() % words.size()];

@@ -17,8 +17,8 @@ std::string error_of(const std::vector<RamBlock>& blocks) {
 }
 
 TEST(MatchBlocks, InTheImagesOrder) {
-  const auto matched =
-      match_blocks(regions, {block("vga.vram", 0x200000, 0x4000), block("pc.ram", 0x100000, 0x8000)});
+  const auto matched = match_blocks(
+      regions, {block("vga.vram", 0x200000, 0x4000), block("pc.ram", 0x100000, 0x8000)});
   ASSERT_TRUE(matched);
   ASSERT_EQ(matched->size(), 2u);
   EXPECT_EQ((*matched)[0].name, "pc.ram");
@@ -28,8 +28,9 @@ TEST(MatchBlocks, InTheImagesOrder) {
 }
 
 TEST(MatchBlocks, TheNamesOfBackendsDifferByVersion) {
-  EXPECT_EQ(error_of({block("/objects/pc.ram", 0x100000, 0x8000), block("vga.vram", 0x200000, 0x4000)}),
-            "");
+  EXPECT_EQ(
+      error_of({block("/objects/pc.ram", 0x100000, 0x8000), block("vga.vram", 0x200000, 0x4000)}),
+      "");
 }
 
 TEST(MatchBlocks, AnotherMachineIsNamed) {

@@ -29,9 +29,12 @@ Words derive(Words recorded, Words extra = {}) {
   recorded.insert(recorded.begin(), {"-nodefaults", "-nographic"});
   auto line = derive_launch_line(request(std::move(recorded), std::move(extra)));
   if (!line) return {"error: " + line.error().message(), line.error().remedy()};
-  const Words ours = {"-monitor", "none", "-qmp", "unix:/run/d/qmp.sock,server=on,wait=off",
-                      "-pidfile", "/run/d/qemu.pid", "-global",
-                      "migration.send-configuration=off", "-S", "-incoming", "defer"};
+  const Words ours = {"-monitor", "none",
+                      "-qmp",     "unix:/run/d/qmp.sock,server=on,wait=off",
+                      "-pidfile", "/run/d/qemu.pid",
+                      "-global",  "migration.send-configuration=off",
+                      "-S",       "-incoming",
+                      "defer"};
   Words words(line->arguments.begin() + 3, line->arguments.end());
   const auto at = std::search(words.begin(), words.end(), ours.begin(), ours.end());
   if (at == words.end()) return {"our own arguments are not all there"};
@@ -113,19 +116,23 @@ TEST(LaunchRules, NothingIsLockedInMemory) {
 }
 
 TEST(LaunchRules, MemoryBackendsBecomePlain) {
-  EXPECT_EQ(derive({"-object", "memory-backend-file,id=m,size=1G,mem-path=/dev/shm/x,share=on,"
-                               "prealloc=on,host-nodes=0,policy=bind,merge=off"}),
-            (Words{"-object", "memory-backend-ram,id=m,size=1G,host-nodes=0,policy=bind,merge=off"}));
-  EXPECT_EQ(derive({"-object", "qom-type=memory-backend-memfd,id=m,size=1G,hugetlb=on,"
-                               "hugetlbsize=2M,seal=off"}),
+  EXPECT_EQ(
+      derive({"-object",
+              "memory-backend-file,id=m,size=1G,mem-path=/dev/shm/x,share=on,"
+              "prealloc=on,host-nodes=0,policy=bind,merge=off"}),
+      (Words{"-object", "memory-backend-ram,id=m,size=1G,host-nodes=0,policy=bind,merge=off"}));
+  EXPECT_EQ(derive({"-object",
+                    "qom-type=memory-backend-memfd,id=m,size=1G,hugetlb=on,"
+                    "hugetlbsize=2M,seal=off"}),
             (Words{"-object", "qom-type=memory-backend-ram,id=m,size=1G"}));
   EXPECT_EQ(derive({"-object", "memory-backend-ram,id=m,size=1G,share=on,prealloc=yes"}),
             (Words{"-object", "memory-backend-ram,id=m,size=1G"}));
-  EXPECT_EQ(derive({"-object", R"({"qom-type":"memory-backend-memfd","id":"pc.ram",)"
-                               R"("x-use-canonical-path-for-ramblock-id":false,"share":true,)"
-                               R"("prealloc":true,"size":1073741824})"}),
-            (Words{"-object", R"({"qom-type":"memory-backend-ram","id":"pc.ram",)"
-                              R"("x-use-canonical-path-for-ramblock-id":false,"size":1073741824})"}));
+  EXPECT_EQ(
+      derive({"-object", R"({"qom-type":"memory-backend-memfd","id":"pc.ram",)"
+                         R"("x-use-canonical-path-for-ramblock-id":false,"share":true,)"
+                         R"("prealloc":true,"size":1073741824})"}),
+      (Words{"-object", R"({"qom-type":"memory-backend-ram","id":"pc.ram",)"
+                        R"("x-use-canonical-path-for-ramblock-id":false,"size":1073741824})"}));
   EXPECT_EQ(derive({"-object", "rng-random,id=r,filename=/dev/urandom"}),
             (Words{"-object", "rng-random,id=r,filename=/dev/urandom"}));
 }
@@ -133,17 +140,15 @@ TEST(LaunchRules, MemoryBackendsBecomePlain) {
 TEST(LaunchRules, TheMachineIsPinned) {
   LaunchRequest pinned = request({"-nodefaults", "-nographic", "-M", "pc,accel=kvm,usb=off"});
   pinned.record.machine = "pc-i440fx-7.2";
-  EXPECT_TRUE(contains(derive_launch_line(pinned)->arguments,
-                       {"-M", "pc-i440fx-7.2,accel=kvm,usb=off"}));
+  EXPECT_TRUE(
+      contains(derive_launch_line(pinned)->arguments, {"-M", "pc-i440fx-7.2,accel=kvm,usb=off"}));
   pinned.record.arguments = {"qemu", "-machine", "accel=tcg", "-machine", "type=q35"};
   pinned.record.machine = "pc-q35-7.2";
   const Words words = derive_launch_line(pinned)->arguments;
   EXPECT_TRUE(contains(words, {"-machine", "accel=tcg", "-machine", "type=pc-q35-7.2"}));
   pinned.record.arguments = {"qemu", "-machine", "memory-backend=m"};
-  EXPECT_TRUE(contains(derive_launch_line(pinned)->arguments,
-                       {"-machine", "memory-backend=m"}));
-  EXPECT_TRUE(contains(derive_launch_line(pinned)->arguments,
-                       {"-machine", "type=pc-q35-7.2"}));
+  EXPECT_TRUE(contains(derive_launch_line(pinned)->arguments, {"-machine", "memory-backend=m"}));
+  EXPECT_TRUE(contains(derive_launch_line(pinned)->arguments, {"-machine", "type=pc-q35-7.2"}));
   EXPECT_EQ(derive({"-M", "pc"}), (Words{"-M", "pc"})) << "nothing recorded";
 }
 
@@ -162,8 +167,8 @@ TEST(LaunchRules, SerialPortsGoToFiles) {
 
 TEST(LaunchRules, NoDisplayIsOpened) {
   for (const Words& display :
-       {Words{"-display", "gtk"}, Words{"-vnc", ":1"}, Words{"-spice", "port=5900"},
-        Words{"-sdl"}, Words{"-curses"}, Words{"-full-screen"}, Words{}}) {
+       {Words{"-display", "gtk"}, Words{"-vnc", ":1"}, Words{"-spice", "port=5900"}, Words{"-sdl"},
+        Words{"-curses"}, Words{"-full-screen"}, Words{}}) {
     const Words words = derive_bare(display);
     EXPECT_TRUE(contains(words, {"-display", "none"}));
     for (const std::string& word : display) {
@@ -173,7 +178,8 @@ TEST(LaunchRules, NoDisplayIsOpened) {
   EXPECT_FALSE(contains(derive_bare({"-nographic"}), {"-display"}));
   EXPECT_TRUE(contains(derive_bare({"-nographic"}), {"-nographic"}));
   EXPECT_EQ(derive({"-audiodev", "spice,id=a"}), (Words{"-audiodev", "none,id=a"}));
-  EXPECT_EQ(derive({"-audiodev", R"({"id":"a","driver":"spice"})"}), (Words{"-audiodev", "none,id=a"}));
+  EXPECT_EQ(derive({"-audiodev", R"({"id":"a","driver":"spice"})"}),
+            (Words{"-audiodev", "none,id=a"}));
   EXPECT_EQ(derive({"-audiodev", "wav,id=a"}), (Words{"-audiodev", "wav,id=a"}));
 }
 
@@ -205,8 +211,8 @@ TEST(LaunchRules, ASocketPathThatIsTooLong) {
   const auto line = derive_launch_line(deep);
   ASSERT_FALSE(line);
   EXPECT_EQ(line.error().code(), ErrorCode::usage);
-  EXPECT_EQ(line.error().message(), "the socket path " + deep.run_dir +
-                                        "/qmp.sock is too long (110 bytes, at most 107)");
+  EXPECT_EQ(line.error().message(),
+            "the socket path " + deep.run_dir + "/qmp.sock is too long (110 bytes, at most 107)");
   EXPECT_EQ(line.error().remedy(), "Choose a shorter --run-dir.");
 }
 
@@ -230,9 +236,10 @@ TEST(LaunchRules, ForwardedPortsAreDropped) {
 }
 
 TEST(LaunchRules, InheritedDescriptorsAreAnError) {
-  EXPECT_EQ(derive({"-netdev", "tap,fd=36,id=hostnet0,vhost=on"}),
-            (Words{"error: -netdev hostnet0 uses a descriptor that only the original VM had (fd=36)",
-                   "Give a replacement with the same id after --: -netdev user,id=hostnet0"}));
+  EXPECT_EQ(
+      derive({"-netdev", "tap,fd=36,id=hostnet0,vhost=on"}),
+      (Words{"error: -netdev hostnet0 uses a descriptor that only the original VM had (fd=36)",
+             "Give a replacement with the same id after --: -netdev user,id=hostnet0"}));
   EXPECT_EQ(derive({"-netdev", R"({"type":"tap","fds":"3:4","id":"n"})"})[0],
             "error: -netdev n uses a descriptor that only the original VM had (fds=3:4)");
   EXPECT_EQ(derive({"-device", R"({"driver":"vhost-vsock-pci","id":"v","vhostfd":"38"})"})[0],
@@ -252,12 +259,14 @@ TEST(LaunchRules, AnExtraArgumentTakesThePlaceOfItsNamesake) {
             (Words{"-netdev", "user,id=n", "-device", "e1000,netdev=n", "-m", "1G"}));
   EXPECT_EQ(derive({"-add-fd", "set=2,fd=9"}, {"-add-fd", "fd=5,set=2"}),
             (Words{"-add-fd", "fd=5,set=2"}));
-  EXPECT_EQ(derive({"-blockdev", "file,node-name=f,filename=/a", "-blockdev", "raw,node-name=r,file=f"},
-                   {"-blockdev", R"({"driver":"file","node-name":"f","filename":"/b"})"}),
-            (Words{"-blockdev", R"({"driver":"file","node-name":"f","filename":"/b"})", "-blockdev",
-                   "raw,node-name=r,file=f"}));
+  EXPECT_EQ(
+      derive({"-blockdev", "file,node-name=f,filename=/a", "-blockdev", "raw,node-name=r,file=f"},
+             {"-blockdev", R"({"driver":"file","node-name":"f","filename":"/b"})"}),
+      (Words{"-blockdev", R"({"driver":"file","node-name":"f","filename":"/b"})", "-blockdev",
+             "raw,node-name=r,file=f"}));
   EXPECT_EQ(derive({"-netdev", "user,id=n"}, {"-device", "e1000,id=n"}),
-            (Words{"-netdev", "user,id=n", "-device", "e1000,id=n"})) << "another kind of option";
+            (Words{"-netdev", "user,id=n", "-device", "e1000,id=n"}))
+      << "another kind of option";
 }
 
 TEST(LaunchRules, ReplacementsComeFirst) {
@@ -297,8 +306,8 @@ TEST(ShellQuoted, OneWord) {
 }
 
 TEST(OptionValueText, ComesOutAsItWentIn) {
-  for (const char* text : {"", "a", "a,b=c", "a,,b,c=d,,e", "a,", ",", ",,,", "=", "a=b=c", "a,flag",
-                           "{not json", "k=v,k=w"}) {
+  for (const char* text : {"", "a", "a,b=c", "a,,b,c=d,,e", "a,", ",", ",,,", "=", "a=b=c",
+                           "a,flag", "{not json", "k=v,k=w"}) {
     EXPECT_EQ(OptionValue::parse(text, "type").text(), text);
   }
 }

@@ -12,9 +12,7 @@
 namespace vmsnap::testing {
 namespace {
 
-LaunchLine shell(const std::string& script) {
-  return {"/bin/sh", {"sh", "-c", script}, "/"};
-}
+LaunchLine shell(const std::string& script) { return {"/bin/sh", {"sh", "-c", script}, "/"}; }
 
 bool ends(const Process& process, int limit_ms = 30000) {
   pollfd exited = {process.pidfd(), POLLIN, 0};
@@ -97,7 +95,8 @@ TEST(StartedVmTest, WhatCannotBeExecuted) {
 
 TEST(StartedVmTest, ItsLastWordsExplainAnError) {
   const TemporaryDirectory directory;
-  auto vm = StartedVm::start(shell("echo one; echo cannot open the disk >&2; exit 3"), directory / "log");
+  auto vm =
+      StartedVm::start(shell("echo one; echo cannot open the disk >&2; exit 3"), directory / "log");
   ASSERT_TRUE(vm);
   ASSERT_TRUE(ends(vm->process()));
   const Error error = vm->explain(Error(ErrorCode::vm, "it went wrong").with_remedy("Do this."));

@@ -49,11 +49,13 @@ class Commands : public ::testing::Test {
 };
 
 TEST_F(Commands, HelpHasExamples) {
-  EXPECT_EQ(error_of({"restore", "--help"}), "This should be caught in your main function, see examples");
+  EXPECT_EQ(error_of({"restore", "--help"}),
+            "This should be caught in your main function, see examples");
   EXPECT_NE(out_.str().find("vmsnap restore vm.img -- -netdev user,id=net0"), std::string::npos);
   out_.str("");
   run({"serve", "--help"});
-  EXPECT_NE(out_.str().find("vmsnap serve vm.img --socket /run/uffd.sock --once"), std::string::npos);
+  EXPECT_NE(out_.str().find("vmsnap serve vm.img --socket /run/uffd.sock --once"),
+            std::string::npos);
 }
 
 TEST_F(Commands, DryRunPrintsTheCommandLine) {
@@ -80,7 +82,8 @@ TEST_F(Commands, UsageErrors) {
             "--reattach takes the image and the VM from its directory");
   EXPECT_EQ(error_of({"restore", image, "--replace", "x"}), "--replace wants OLD=NEW, not \"x\"");
   EXPECT_EQ(error_of({"serve", image}), "--socket is required");
-  EXPECT_EQ(run({"restore", image, "--reattach", directory_.path()}).error().code(), ErrorCode::usage);
+  EXPECT_EQ(run({"restore", image, "--reattach", directory_.path()}).error().code(),
+            ErrorCode::usage);
 }
 
 TEST_F(Commands, AnImageOfAProcessIsNotRestored) {

@@ -66,9 +66,11 @@ TEST(RestoreRecordTest, EveryFieldIsChecked) {
   EXPECT_EQ(error_with("/ranges/0/host", 0x10001), "its \"ranges\" is missing or wrong");
   EXPECT_EQ(error_with("/ranges/0/host", ~uint64_t{0}), "its \"host\" is missing or wrong");
   EXPECT_EQ(error_with("/ranges/0/length", 0), "its \"ranges\" is missing or wrong");
-  EXPECT_EQ(error_with("/ranges/0/length", 0x400000), "its \"ranges\" is missing or wrong") << "overlap";
+  EXPECT_EQ(error_with("/ranges/0/length", 0x400000), "its \"ranges\" is missing or wrong")
+      << "overlap";
   EXPECT_EQ(error_with("/ranges/0/page_bytes", 8192), "its \"page_bytes\" is missing or wrong");
-  EXPECT_EQ(error_with("/ranges/0/first_page", ~uint64_t{0}), "its \"first_page\" is missing or wrong");
+  EXPECT_EQ(error_with("/ranges/0/first_page", ~uint64_t{0}),
+            "its \"first_page\" is missing or wrong");
   EXPECT_EQ(restore_record_from_json(5).error().message(), "it is not a JSON object");
 }
 
@@ -170,7 +172,7 @@ TEST(PageMarksTest, AFileKeepsThem) {
   const auto other = PageMarks::open(parent / "pages", 2000);
   ASSERT_FALSE(other);
   EXPECT_EQ(other.error().message(),
-            parent / "pages" + " has 256 bytes, not the 512 for 2000 pages");
+            parent / "pages" + " has 2304 bytes, not the 2560 for 2000 pages");
   EXPECT_FALSE(PageMarks::open(parent / "none", 1));
 }
 

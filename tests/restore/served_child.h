@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <mutex>
 #include <optional>
 #include <thread>
 
@@ -97,15 +98,17 @@ class ServedChild {
 
   ServedChild(uint64_t pages, MemoryKind kind) : pages_(pages), kind_(kind) {}
 
-  size_t shown_bytes() const { return page_size * (1 + pages_) + pages_ * sizeof(std::atomic<int>); }
+  size_t shown_bytes() const {
+    return page_size * (1 + pages_) + pages_ * sizeof(std::atomic<int>);
+  }
   std::byte* shown_pages() const { return reinterpret_cast<std::byte*>(shown_) + page_size; }
   std::atomic<int>* seen() const {
     return reinterpret_cast<std::atomic<int>*>(shown_pages() + pages_ * page_size);
   }
 
   bool begin() {
-    shown_ = static_cast<Shown*>(::mmap(nullptr, shown_bytes(), PROT_READ | PROT_WRITE,
-                                        MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+    shown_ = static_cast<Shown*>(
+        ::mmap(nullptr, shown_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
     int ends[2];
     if (shown_ == MAP_FAILED || ::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0) {
       std::abort();
@@ -135,12 +138,15 @@ class ServedChild {
   static inline thread_local sigjmp_buf bus_error;
 
   void look(std::byte* memory, uint64_t page) {
-    if (sigsetjmp(bus_error, 1) == 0) {
-      std::memcpy(shown_pages() + page * page_size, memory + page * page_size, page_size);
-      seen()[page].store(1);
-    } else {
+    Page bytes;
+    if (sigsetjmp(bus_error, 1) != 0) {
       seen()[page].store(2);
+      return;
     }
+    std::memcpy(bytes.data(), memory + page * page_size, page_size);
+    std::lock_guard lock(showing_);  // another thread may look at the same page
+    std::memcpy(shown_pages() + page * page_size, bytes.data(), page_size);
+    seen()[page].store(1);
   }
 
   [[noreturn]] void live(int link) {
@@ -173,10 +179,18 @@ class ServedChild {
     while (::read(link, &command, sizeof command) == ssize_t{sizeof command}) {
       std::byte* at = bytes + command.page * page_size;
       switch (command.what) {
-        case 'r': look(bytes, command.page); break;
-        case 't': std::thread([=, this] { look(bytes, command.page); }).detach(); break;
-        case 'w': std::memset(at, 0xab, page_size); break;
-        case 'd': ::madvise(at, command.count * page_size, MADV_DONTNEED); break;
+        case 'r':
+          look(bytes, command.page);
+          break;
+        case 't':
+          std::thread([=, this] { look(bytes, command.page); }).detach();
+          break;
+        case 'w':
+          std::memset(at, 0xab, page_size);
+          break;
+        case 'd':
+          ::madvise(at, command.count * page_size, MADV_DONTNEED);
+          break;
         case 'p':
           ::fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                       static_cast<off_t>(command.page * page_size),
@@ -194,6 +208,7 @@ class ServedChild {
   Fd link_;
   std::optional<Process> process_;
   Shown* shown_ = nullptr;
+  std::mutex showing_;  // of the child
 };
 
 }  // namespace vmsnap::testing
