@@ -37,14 +37,15 @@ install_missing() {
       </dev/null >/dev/null
 }
 
-# build FOLDER [CMAKE ARGUMENTS]: configures and compiles; speaks only of failure.
+# build FOLDER TARGET [CMAKE ARGUMENTS]: configures and compiles; speaks only of
+# failure.
 build() {
-  local folder=$1 log=$1/build.log generator=()
-  shift
+  local folder=$1 target=$2 log=$1/build.log generator=()
+  shift 2
   mkdir -p "$folder"
   [ -f "$folder/CMakeCache.txt" ] || ! command -v ninja >/dev/null || generator=(-G Ninja)
   if ! cmake -S . -B "$folder" "${generator[@]}" "$@" >"$log" 2>&1 </dev/null ||
-    ! cmake --build "$folder" --parallel "$(nproc)" >"$log" 2>&1 </dev/null; then
+    ! cmake --build "$folder" --target "$target" --parallel "$(nproc)" >"$log" 2>&1 </dev/null; then
     cat "$log"
     exit 1
   fi

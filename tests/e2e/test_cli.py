@@ -77,7 +77,8 @@ def test_version():
 
 @pytest.fixture(scope="module", name="victim")
 def a_victim(shared_world):
-    return victims.Writers(shared_world, mib=16)
+    # Some of its pages stay untouched for as long as this takes.
+    return victims.Writers(shared_world, mib=16, touch_us=1000000)
 
 
 @pytest.fixture(scope="module", name="image")

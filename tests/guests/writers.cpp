@@ -299,7 +299,7 @@ int main(int argc, char** argv) {
   layout.threads = 2;
   layout.seed = 1;
   std::string kind = "anon", disturb;
-  uint64_t sweep_us = 1000, touch_us = 1000;
+  uint64_t sweep_us = 1000, touch_us = 5000;
   bool split = false;
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string option = argv[i], value = argv[i + 1];
