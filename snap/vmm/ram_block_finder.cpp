@@ -107,7 +107,9 @@ Result<std::map<std::string, RemotePtr>> find_block_hosts(const Process& process
                                                           const KnownHosts& known) {
   const PageMap page_map = VMSNAP_TRY(PageMap::open(process));
   CandidateSearch search(lines);
-  std::vector<std::byte> buffer(piece_bytes);
+  // Zeros on both sides: what absent memory next to a run would read as. A block
+  // at the end of the heap is described right where the run ends.
+  std::vector<std::byte> buffer(words_before * 8 + piece_bytes + bytes_after);
   // Pieces overlap, so that nothing is cut in two.
   constexpr uint64_t overlap = words_before * 8 + bytes_after;
   for (const Mapping& mapping : mappings) {
@@ -117,9 +119,12 @@ Result<std::map<std::string, RemotePtr>> find_block_hosts(const Process& process
     for (const RemoteRange& run : VMSNAP_TRY(page_map.populated(mapping.range))) {
       for (uint64_t offset = 0; offset < run.length; offset += piece_bytes - overlap) {
         const uint64_t length = std::min<uint64_t>(piece_bytes, run.length - offset);
-        const auto piece = std::span(buffer).first(length);
+        const auto piece = std::span(buffer).subspan(words_before * 8, length);
+        const auto behind = std::span(buffer).subspan(words_before * 8 + length, bytes_after);
+        std::fill(behind.begin(), behind.end(), std::byte{0});
         // The heap may shrink under us; what is gone cannot hold the list.
-        if (process.read(run.start + offset, piece)) search.look_through(piece);
+        if (!process.read(run.start + offset, piece)) continue;
+        search.look_through(std::span(buffer).first(words_before * 8 + length + bytes_after));
       }
     }
   }
