@@ -37,8 +37,9 @@ def snapshot(world, guest):
                               f"{mib(figures['bytes']['image'])}")
     figure("pages zero / duplicate / stored",
            f"{pages['zero']} / {pages['duplicate']} / {pages['stored']}")
-    figure("writes that had to wait", f"{figures['write_faults']}, half of them less than "
-                                      f"{faults['p50']:.0f} µs, the longest {faults['max']:.0f} µs")
+    figure("writes that had to wait", f"{figures['write_faults']}, half of them under "
+                                      f"{faults['p50']:.0f} µs, the longest "
+                                      f"{faults['max']:.0f} µs")
     return image
 
 

@@ -127,7 +127,7 @@ class Running:
         """Until VMSNAP_STOP_AT took effect. Fails if the process ended instead."""
         def stopped():
             if self.process.poll() is not None:
-                raise AssertionError(f"never got to its stop: {self._finished(self.process.poll())}")
+                raise AssertionError(f"never got to its stop: {self.wait()}")
             return process_state(self.pid) == "T"
         wait_until(stopped, f"vmsnap {' '.join(self.arguments)} to stop at its test point")
 

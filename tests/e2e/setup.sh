@@ -44,7 +44,7 @@ build() {
   shift 2
   mkdir -p "$folder"
   [ -f "$folder/CMakeCache.txt" ] || ! command -v ninja >/dev/null || generator=(-G Ninja)
-  if ! cmake -S . -B "$folder" "${generator[@]}" "$@" >"$log" 2>&1 </dev/null ||
+  if ! cmake -S . -B "$folder" "${generator[@]}" -DCMAKE_UNITY_BUILD=ON "$@" >"$log" 2>&1 </dev/null ||
     ! cmake --build "$folder" --target "$target" --parallel "$(nproc)" >"$log" 2>&1 </dev/null; then
     cat "$log"
     exit 1

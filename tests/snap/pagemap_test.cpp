@@ -12,8 +12,8 @@
 namespace vmsnap {
 namespace {
 
-constexpr uint64_t pages = 3000;
-constexpr uint64_t bytes = pages * 4096;
+constexpr uint64_t page_total = 3000;
+constexpr uint64_t byte_total = page_total * 4096;
 
 class PageMapTest : public ::testing::TestWithParam<bool> {
  protected:
@@ -23,19 +23,19 @@ class PageMapTest : public ::testing::TestWithParam<bool> {
     int fd = -1;
     if (shared) {
       fd = ::memfd_create("pagemap-test", MFD_CLOEXEC);
-      ASSERT_EQ(::ftruncate(fd, bytes), 0);
+      ASSERT_EQ(::ftruncate(fd, byte_total), 0);
     }
-    void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+    void* memory = ::mmap(nullptr, byte_total, PROT_READ | PROT_WRITE,
                           shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, fd, 0);
     ASSERT_NE(memory, MAP_FAILED);
-    ::madvise(memory, bytes, MADV_NOHUGEPAGE);
+    ::madvise(memory, byte_total, MADV_NOHUGEPAGE);
     memory_ = static_cast<char*>(memory);
     for (int page = 10; page < 20; ++page) memory_[page * 4096] = 1;
     memory_[2000 * 4096] = 1;
     if (fd >= 0) ::close(fd);
-    range_ = {RemotePtr(reinterpret_cast<uint64_t>(memory)), bytes};
+    range_ = {RemotePtr(reinterpret_cast<uint64_t>(memory)), byte_total};
   }
-  void TearDown() override { ::munmap(memory_, bytes); }
+  void TearDown() override { ::munmap(memory_, byte_total); }
 
   std::vector<std::pair<uint64_t, uint64_t>> in_pages(const std::vector<RemoteRange>& runs) const {
     std::vector<std::pair<uint64_t, uint64_t>> found;
@@ -67,12 +67,12 @@ TEST_P(PageMapTest, FindsPagesAndMarksInBothWays) {
   ASSERT_EQ(*uffd.register_range(range_, {.write_protect = true}), RegisterOutcome::done);
   ASSERT_EQ(*uffd.write_protect(range_), ProtectOutcome::done);
   // Of shared memory, absent pages are marked too.
-  const Pages marked = GetParam() ? Pages{{0, pages}} : written;
+  const Pages marked = GetParam() ? Pages{{0, page_total}} : written;
   EXPECT_EQ(in_pages(*scan.marked(range_)), marked);
   EXPECT_EQ(in_pages(*read.marked(range_)), marked);
 
   ASSERT_EQ(*uffd.unprotect({range_.start + 15 * 4096, 4096}), ProtectOutcome::done);
-  const Pages after = GetParam() ? Pages{{0, 15}, {16, pages - 16}} : Pages{{10, 5}, {16, 4}, {2000, 1}};
+  const Pages after = GetParam() ? Pages{{0, 15}, {16, page_total - 16}} : Pages{{10, 5}, {16, 4}, {2000, 1}};
   EXPECT_EQ(in_pages(*scan.marked(range_)), after);
   EXPECT_EQ(in_pages(*read.marked(range_)), after);
 }

@@ -25,7 +25,7 @@ void wait_until(Condition condition) {
   ASSERT_TRUE(condition());
 }
 
-struct Talk {
+struct Signals {
   std::atomic<int> ready{0};
   std::atomic<int> go_on{0};
   std::atomic<uint64_t> rounds{0};
@@ -48,13 +48,13 @@ TEST(Injected, RunsASystemCallInTheTarget) {
 // A blocking read must not return early, and a computation must not change,
 // however often a thread is borrowed.
 TEST(Injected, LeavesWaitingAndComputingThreadsAsTheyWere) {
-  Talk* talk = shared_with_victim<Talk>();
+  Signals* signals = shared_with_victim<Signals>();
   int pipe_ends[2];
   ASSERT_EQ(::pipe(pipe_ends), 0);
   Victim victim([&] {
-    std::thread busy([talk] {
+    std::thread busy([signals] {
       // Any lost register shows up in the sum.
-      while (!talk->go_on) {
+      while (!signals->go_on) {
         uint64_t a = 1, b = 2, c = 3, d = 4;
         double x = 1.5;
         for (uint64_t i = 0; i < 100000; ++i) {
@@ -66,19 +66,19 @@ TEST(Injected, LeavesWaitingAndComputingThreadsAsTheyWere) {
         }
         static const uint64_t expected = d;
         static const double expected_x = x;
-        if (d != expected || x != expected_x) talk->wrong = 1;
-        ++talk->rounds;
+        if (d != expected || x != expected_x) signals->wrong = 1;
+        ++signals->rounds;
       }
     });
-    talk->ready = 1;
+    signals->ready = 1;
     char byte = 0;
     const ssize_t got = ::read(pipe_ends[0], &byte, 1);
-    if (got != 1 || byte != 'x') talk->wrong = 2;
-    talk->go_on = 1;
+    if (got != 1 || byte != 'x') signals->wrong = 2;
+    signals->go_on = 1;
     busy.join();
-    return talk->wrong.load();
+    return signals->wrong.load();
   });
-  wait_until([&] { return talk->ready && talk->rounds > 2; });
+  wait_until([&] { return signals->ready && signals->rounds > 2; });
   const Process process = victim.process();
   for (int i = 0; i < 200; ++i) {
     const auto number = run_injected(
@@ -91,19 +91,19 @@ TEST(Injected, LeavesWaitingAndComputingThreadsAsTheyWere) {
 }
 
 TEST(Injected, AProcessThatNeverWaitsCanBeBorrowedToo) {
-  Talk* talk = shared_with_victim<Talk>();
+  Signals* signals = shared_with_victim<Signals>();
   Victim victim([&] {
-    while (!talk->go_on) ++talk->rounds;
+    while (!signals->go_on) ++signals->rounds;
     return 0;
   });
-  wait_until([&] { return talk->rounds > 1000; });
+  wait_until([&] { return signals->rounds > 1000; });
   const auto pid = run_injected(victim.process(), [](RemoteThread& thread, InjectorLink&) {
     return thread.call(SYS_getpid, {});
   });
   ASSERT_TRUE(pid) << pid.error().message();
-  const uint64_t before = talk->rounds;
-  wait_until([&] { return talk->rounds > before; });
-  talk->go_on = 1;
+  const uint64_t before = signals->rounds;
+  wait_until([&] { return signals->rounds > before; });
+  signals->go_on = 1;
   EXPECT_EQ(victim.wait(), 0);
 }
 
@@ -154,14 +154,14 @@ TEST(Handover, KeepsItInTheTargetWhereAsked) {
 // An unprivileged process without a monitor gets the device over a socket.
 TEST(Handover, WorksOnAnUnprivilegedProcess) {
   if (::geteuid() != 0) GTEST_SKIP() << "needs root to drop privileges";
-  Talk* talk = shared_with_victim<Talk>();
+  Signals* signals = shared_with_victim<Signals>();
   Victim victim([&] {
     if (::setgid(65534) || ::setuid(65534)) return 1;
-    talk->ready = 1;
+    signals->ready = 1;
     ::pause();
     return 0;
   });
-  wait_until([&] { return talk->ready == 1; });
+  wait_until([&] { return signals->ready == 1; });
   const Process process = victim.process();
   const size_t before = process.descriptors()->size();
   auto handed = bring_out_uffd(process, nullptr, uffd_feature::pagefault_flag_wp, KeepInVmm::no);
@@ -170,36 +170,36 @@ TEST(Handover, WorksOnAnUnprivilegedProcess) {
 }
 
 TEST(ThreadStop, StopsEveryThreadAndLetsThemGoOn) {
-  Talk* talk = shared_with_victim<Talk>();
+  Signals* signals = shared_with_victim<Signals>();
   Victim victim([&] {
     std::vector<std::thread> threads;
     for (int i = 0; i < 6; ++i) {
       threads.emplace_back([&] {
-        while (!talk->go_on) ++talk->rounds;
+        while (!signals->go_on) ++signals->rounds;
       });
     }
     for (std::thread& thread : threads) thread.join();
     return 0;
   });
-  wait_until([&] { return talk->rounds > 1000; });
+  wait_until([&] { return signals->rounds > 1000; });
   const Process process = victim.process();
   {
     auto stopped = ThreadStop::stop(process);
     ASSERT_TRUE(stopped) << stopped.error().message();
-    const uint64_t then = talk->rounds;
+    const uint64_t then = signals->rounds;
     std::this_thread::sleep_for(20ms);
-    EXPECT_EQ(talk->rounds, then);
+    EXPECT_EQ(signals->rounds, then);
   }
-  const uint64_t before = talk->rounds;
-  wait_until([&] { return talk->rounds > before + 1000; });
-  talk->go_on = 1;
+  const uint64_t before = signals->rounds;
+  wait_until([&] { return signals->rounds > before + 1000; });
+  signals->go_on = 1;
   EXPECT_EQ(victim.wait(), 0);
 }
 
 // epoll_wait is never restarted by the kernel after a stop; a process that we
 // stopped must not see EINTR all the same.
 TEST(ThreadStop, WaitersDoNotSeeTheStop) {
-  Talk* talk = shared_with_victim<Talk>();
+  Signals* signals = shared_with_victim<Signals>();
   int pipe_ends[2];
   ASSERT_EQ(::pipe(pipe_ends), 0);
   Victim victim([&] {
@@ -207,11 +207,11 @@ TEST(ThreadStop, WaitersDoNotSeeTheStop) {
     epoll_event event = {};
     event.events = EPOLLIN;
     ::epoll_ctl(poll, EPOLL_CTL_ADD, pipe_ends[0], &event);
-    talk->ready = 1;
+    signals->ready = 1;
     const int ready = ::epoll_wait(poll, &event, 1, -1);
     return ready == 1 ? 0 : errno;
   });
-  wait_until([&] { return talk->ready == 1; });
+  wait_until([&] { return signals->ready == 1; });
   std::this_thread::sleep_for(20ms);
   const Process process = victim.process();
   for (int i = 0; i < 10; ++i) {
