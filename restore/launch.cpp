@@ -40,7 +40,7 @@ void reset_signals() {
   sigset_t none;
   ::sigemptyset(&none);
   ::sigprocmask(SIG_SETMASK, &none, nullptr);
-  for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE, SIGCHLD}) ::signal(number, SIG_DFL);
+  for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE, SIGXFSZ, SIGCHLD}) ::signal(number, SIG_DFL);
 }
 
 // The child's side: becomes the VMM, or reports errno and exits.
@@ -155,7 +155,10 @@ StartedVm::~StartedVm() {
 }
 
 Status StartedVm::let_live() {
-  VMSNAP_CHECK(write_all(guard_.get(), std::as_bytes(std::span("x", 1)), "the guard's pipe"));
+  const Status told =
+      write_all(guard_.get(), std::as_bytes(std::span("x", 1)), "the guard's pipe");
+  // The guard goes when the VM does.
+  if (!told) return fail(ErrorCode::vm, "the restored VM ended while it was loaded");
   guard_.reset();
   ::waitpid(guard_pid_, nullptr, 0);
   return {};
@@ -163,17 +166,20 @@ Status StartedVm::let_live() {
 
 Error StartedVm::explain(Error error) const {
   std::string text;
+  ErrorCode code = error.code();
   int status = 0;
   // A VMM that is about to exit gets a moment to say why.
   pollfd exited = {process_.pidfd(), POLLIN, 0};
   if (::poll(&exited, 1, 200) > 0 && ::waitpid(process_.pid(), &status, WNOHANG) > 0) {
     text = WIFSIGNALED(status) ? fmt::format("it was killed by signal {}", WTERMSIG(status))
                                : fmt::format("it exited with status {}", WEXITSTATUS(status));
+    // Whatever failed first, failed because the VM had gone.
+    if (code == ErrorCode::io) code = ErrorCode::vm;
   }
   const std::string tail = log_tail(log_path_);
   if (!tail.empty()) text += fmt::format("{}it said: {}", text.empty() ? "" : "; ", tail);
   if (text.empty()) return error;
-  return Error(error.code(), fmt::format("{} ({})", error.message(), text))
+  return Error(code, fmt::format("{} ({})", error.message(), text))
       .with_remedy(error.remedy());
 }
 

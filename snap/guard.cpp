@@ -73,7 +73,7 @@ void GuardProcess::run() {
 // client while this one is open. Commands go out in one piece, so the dead
 // left none half sent. If the socket is gone, by a connection of our own.
 void GuardProcess::resume_vm() {
-  static constexpr char command[] = "\n{\"execute\":\"cont\"}\n";
+  static constexpr char command[] = "\n{\"execute\":\"cont\",\"id\":\"snapguard\"}\n";
   if (qmp_fd >= 0 && ::send(qmp_fd, command, sizeof command - 1, MSG_NOSIGNAL) > 0) {
     // Wait until QEMU has read it: closing a socket with unread data in our
     // direction is no harm, but the command must be taken first. Its answer,
@@ -86,7 +86,7 @@ void GuardProcess::resume_vm() {
       const ssize_t got = ::recv(qmp_fd, buffer, sizeof buffer, 0);
       if (got <= 0) break;
       seen.append(buffer, static_cast<size_t>(got));
-      if (seen.find("\"RESUME\"") != std::string::npos) return;
+      if (seen.find("\"snapguard\"") != std::string::npos) return;
     }
   }
   if (qmp_fd >= 0) ::close(std::exchange(qmp_fd, -1));

@@ -24,6 +24,7 @@ int report(const Error& error) {
 
 int main(int argc, char** argv) {
   ::signal(SIGPIPE, SIG_IGN);
+  ::signal(SIGXFSZ, SIG_IGN);  // a file size limit is an error value, like a full disk
   install_interrupt_handlers();
   set_log_sink([](LogLevel level, std::string_view line) {
     if (level >= LogLevel::info) std::cerr << "vmsnap: " << line << "\n";

@@ -42,7 +42,7 @@ Status run_pause_command(const std::string& command, const std::vector<std::stri
   ::posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF);
   sigset_t defaults;
   ::sigemptyset(&defaults);
-  for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE}) ::sigaddset(&defaults, number);
+  for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE, SIGXFSZ}) ::sigaddset(&defaults, number);
   ::posix_spawnattr_setsigdefault(&attributes, &defaults);
 
   char shell[] = "/bin/sh", dash_c[] = "-c";

@@ -17,12 +17,11 @@ double ms_since(Clock::time_point start) {
 
 }  // namespace
 
-Status SnapshotJob::prepare(Process process, std::vector<MemoryBlock> blocks, Qmp* qmp) {
-  process_ = std::move(process);
+Status SnapshotJob::prepare(std::vector<MemoryBlock> blocks, Qmp* qmp) {
   progress_(SnapshotPhase::preparing, nullptr);
-  memory_ = VMSNAP_TRY(map_guest_memory(*process_, std::move(blocks)));
-  VMSNAP_CHECK(check_not_pinned(*process_));
-  VMSNAP_CHECK(check_not_shared(*process_, memory_));
+  memory_ = VMSNAP_TRY(map_guest_memory(process_, std::move(blocks)));
+  VMSNAP_CHECK(check_not_pinned(process_));
+  VMSNAP_CHECK(check_not_shared(process_, memory_));
 
   if (memory_.mergeable) ksm_ = VMSNAP_TRY(KsmPause::begin());
   guard_.emplace(VMSNAP_TRY(Guard::start(qmp, &ksm_, options_.stall_limit)));
@@ -38,7 +37,7 @@ Status SnapshotJob::prepare(Process process, std::vector<MemoryBlock> blocks, Qm
 Status SnapshotJob::attach(Qmp* qmp) {
   const auto attach_start = Clock::now();
   HandedUffd handed = VMSNAP_TRY(
-      bring_out_uffd(*process_, qmp, capture_features(memory_), KeepInVmm::no));
+      bring_out_uffd(process_, qmp, capture_features(memory_), KeepInVmm::no));
   summary_.attach_ms = ms_since(attach_start);
 
   CaptureOptions options;
@@ -48,7 +47,7 @@ Status SnapshotJob::attach(Qmp* qmp) {
   options.heartbeat = [this] { guard_->heartbeat(); };
   options.released = [this] { guard_->unwatched(); };
   capture_ = VMSNAP_TRY(
-      Capture::create(*process_, memory_, std::move(handed.uffd), *writer_, std::move(options)));
+      Capture::create(process_, memory_, std::move(handed.uffd), *writer_, std::move(options)));
   // From here on a touched page may wait for us.
   guard_->watching();
   return capture_->begin();

@@ -21,13 +21,16 @@ namespace vmsnap {
 
 class SnapshotJob {
  public:
-  SnapshotJob(const SnapshotOptions& options, const SnapshotProgress& progress)
-      : options_(options), progress_(progress), start_(std::chrono::steady_clock::now()) {}
+  SnapshotJob(Process process, const SnapshotOptions& options, const SnapshotProgress& progress)
+      : options_(options),
+        progress_(progress),
+        start_(std::chrono::steady_clock::now()),
+        process_(std::move(process)) {}
 
   // Checks that only read; then the guard, the output file, the userfaultfd;
   // when this returns, the memory is registered and the target runs on.
   // `qmp` is null for a process.
-  Status prepare(Process process, std::vector<MemoryBlock> blocks, Qmp* qmp);
+  Status prepare(std::vector<MemoryBlock> blocks, Qmp* qmp);
 
   // The target stands still from pause_begins() to pause_ended(). With
   // `resume_if_we_die`, the guard sends `cont` should we not get to the end.
@@ -39,7 +42,7 @@ class SnapshotJob {
   // Copies, writes, commits. `source` and `device_state` go into the image.
   Result<SnapshotSummary> finish(nlohmann::json source, std::span<const std::byte> device_state);
 
-  const Process& process() const { return *process_; }
+  const Process& process() const { return process_; }
   const std::string& id() const { return id_; }
 
  private:
@@ -54,7 +57,7 @@ class SnapshotJob {
 
   // In the order of their making; destroyed in reverse, the capture first:
   // that frees the guest.
-  std::optional<Process> process_;
+  Process process_;
   GuestMemory memory_;
   std::optional<KsmPause> ksm_;
   std::optional<Guard> guard_;

@@ -25,34 +25,45 @@ Result<std::vector<MemoryBlock>> to_memory_blocks(std::vector<RemoteRange> range
 
 }  // namespace
 
-Result<SnapshotSummary> snapshot_process(pid_t pid, std::vector<RemoteRange> ranges,
-                                         const SnapshotOptions& options,
-                                         const SnapshotProgress& progress) {
-  VMSNAP_TEST_POINT("snapshot.start");
-  SnapshotJob job(options, progress);
-  auto blocks = VMSNAP_TRY(to_memory_blocks(std::move(ranges)));
-  Process process = VMSNAP_TRY(Process::open(pid));
+namespace {
+
+Result<SnapshotSummary> run(SnapshotJob& job, std::vector<MemoryBlock> blocks,
+                            const SnapshotOptions& options) {
+  const Process& process = job.process();
   const nlohmann::json source = {
       {"kind", "process"},
       {"name", process.describe()},
       {"executable", VMSNAP_TRY(process.executable())},
       {"arguments", VMSNAP_TRY(process.arguments())},
   };
-  VMSNAP_CHECK(job.prepare(std::move(process), std::move(blocks), nullptr));
+  VMSNAP_CHECK(job.prepare(std::move(blocks), nullptr));
   job.pause_begins(/*resume_if_we_die=*/false);
   {
     // The kernel lets the threads go if we die in here.
-    ThreadStop stopped = VMSNAP_TRY(ThreadStop::stop(job.process()));
+    ThreadStop stopped = VMSNAP_TRY(ThreadStop::stop(process));
     VMSNAP_TEST_POINT("pause.stopped");
     if (!options.pause_command.empty()) {
       VMSNAP_CHECK(run_pause_command(options.pause_command,
-                                     {"VMSNAP_ID=" + job.id(), fmt::format("VMSNAP_PID={}", pid)},
+                                     {"VMSNAP_ID=" + job.id(), fmt::format("VMSNAP_PID={}", process.pid())},
                                      options.pause_command_limit));
     }
     VMSNAP_CHECK(job.arm());
   }
   job.pause_ended();
   return job.finish(source, {});
+}
+
+}  // namespace
+
+Result<SnapshotSummary> snapshot_process(pid_t pid, std::vector<RemoteRange> ranges,
+                                         const SnapshotOptions& options,
+                                         const SnapshotProgress& progress) {
+  VMSNAP_TEST_POINT("snapshot.start");
+  auto blocks = VMSNAP_TRY(to_memory_blocks(std::move(ranges)));
+  SnapshotJob job(VMSNAP_TRY(Process::open(pid)), options, progress);
+  return run(job, std::move(blocks), options).map_error([&](Error error) {
+    return job.process().explain(std::move(error));
+  });
 }
 
 }  // namespace vmsnap

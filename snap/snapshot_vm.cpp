@@ -15,6 +15,10 @@ namespace vmsnap {
 
 namespace {
 
+// A monitor that takes longer for one of the pause's commands is not to be
+// waited for while the guest stands still.
+constexpr std::chrono::seconds pause_answer_limit{5};
+
 // The VM stands still while this lives. A VM that was paused before is left so.
 class VmPause {
  public:
@@ -105,21 +109,13 @@ std::vector<MemoryBlock> to_memory_blocks(const std::vector<RamBlock>& blocks) {
   return memory;
 }
 
-}  // namespace
-
-Result<SnapshotSummary> snapshot_vm(const std::string& qmp_socket, const SnapshotOptions& options,
-                                    const SnapshotProgress& progress) {
-  VMSNAP_TEST_POINT("snapshot.start");
-  SnapshotJob job(options, progress);
-  Qmp qmp = VMSNAP_TRY(Qmp::connect(qmp_socket));
-  Process process = VMSNAP_TRY(Process::open(VMSNAP_TRY(qmp.peer_pid())));
-
+Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& options) {
   const GuestState state = VMSNAP_TRY(check_guest_state(qmp));
   VMSNAP_CHECK(check_migration(qmp));
   VMSNAP_CHECK(check_disks(qmp, options));
-  const VmRecord record = VMSNAP_TRY(record_vm(qmp, process, state.running));
-  const auto blocks = VMSNAP_TRY(read_ram_blocks(qmp, process));
-  VMSNAP_CHECK(job.prepare(std::move(process), to_memory_blocks(blocks), &qmp));
+  const VmRecord record = VMSNAP_TRY(record_vm(qmp, job.process(), state.running));
+  const auto blocks = VMSNAP_TRY(read_ram_blocks(qmp, job.process()));
+  VMSNAP_CHECK(job.prepare(to_memory_blocks(blocks), &qmp));
 
   DeviceStateTarget target = VMSNAP_TRY(DeviceStateTarget::prepare(qmp));
   std::vector<std::byte> device_state;
@@ -134,6 +130,7 @@ Result<SnapshotSummary> snapshot_vm(const std::string& qmp_socket, const Snapsho
     }
     return job.arm();
   };
+  qmp.set_limit(pause_answer_limit);
   VmPause pause(qmp, job, state.running);
   Status paused = pause.begin();
   if (paused) paused = in_pause();
@@ -147,6 +144,18 @@ Result<SnapshotSummary> snapshot_vm(const std::string& qmp_socket, const Snapsho
   // Others may use the monitor from here on.
   qmp.close();
   return job.finish(to_json(record), device_state);
+}
+
+}  // namespace
+
+Result<SnapshotSummary> snapshot_vm(const std::string& qmp_socket, const SnapshotOptions& options,
+                                    const SnapshotProgress& progress) {
+  VMSNAP_TEST_POINT("snapshot.start");
+  Qmp qmp = VMSNAP_TRY(Qmp::connect(qmp_socket));
+  SnapshotJob job(VMSNAP_TRY(Process::open(VMSNAP_TRY(qmp.peer_pid()))), options, progress);
+  return run(job, qmp, options).map_error([&](Error error) {
+    return job.process().explain(std::move(error));
+  });
 }
 
 }  // namespace vmsnap

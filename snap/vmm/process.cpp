@@ -21,8 +21,11 @@ namespace {
 Result<std::string> read_link(const std::string& path) {
   std::error_code failed;
   const fs::path target = fs::read_symlink(path, failed);
-  if (failed) return fail_errno(failed.value(), "cannot read {}", path);
-  return target.string();
+  if (!failed) return target.string();
+  Error error = Error::from_errno(failed.value(), fmt::format("cannot read {}", path));
+  if (failed.value() != EACCES && failed.value() != EPERM) return tl::unexpected(std::move(error));
+  return tl::unexpected(
+      Error(ErrorCode::privilege, error.message()).with_remedy("Run vmsnap as root."));
 }
 
 // Field 22 of /proc/PID/stat. The name in field 2 may hold spaces and
@@ -76,6 +79,18 @@ Result<Process> Process::open(pid_t pid) {
 bool Process::alive() const {
   pollfd exited = {pidfd_.get(), POLLIN, 0};
   return ::poll(&exited, 1, 0) == 0;
+}
+
+Error Process::explain(Error error) const {
+  // The memory of a dying process goes before the process does.
+  const int why = error.os_errno();
+  const bool looks_like_it = why == ESRCH || why == ENOENT || why == EPIPE || why == EFAULT ||
+                             why == EIO || error.code() == ErrorCode::vm;
+  pollfd exited = {pidfd_.get(), POLLIN, 0};
+  if (::poll(&exited, 1, looks_like_it ? 1000 : 0) <= 0) return error;
+  if (error.code() == ErrorCode::interrupted || error.code() == ErrorCode::no_space) return error;
+  return Error(ErrorCode::vm, fmt::format("process {} ended meanwhile ({})", pid_, error.message()))
+      .with_remedy("Start the VM again, then try again.");
 }
 
 std::string Process::describe() const {

@@ -30,6 +30,11 @@ class Process {
   // the pid, names one process across restarts of ours.
   uint64_t start_time() const { return start_time_; }
 
+  // What an error means if the process may have caused it by ending meanwhile:
+  // ErrorCode::vm then, the error as it is otherwise. Waits up to a second when
+  // the error looks like it.
+  Error explain(Error error) const;
+
   // "name (pid N)", for messages.
   std::string describe() const;
 

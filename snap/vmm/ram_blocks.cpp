@@ -166,7 +166,10 @@ Result<std::vector<RamBlock>> read_ram_blocks(Qmp& qmp, const Process& process) 
     if (line.host) hosts.emplace(line.name, RemotePtr(line.host));
   }
   if (hosts.size() != lines.size()) {
-    hosts = VMSNAP_TRY(find_block_hosts(process, mappings, lines, known));
+    auto found = find_block_hosts(process, mappings, lines, known);
+    // QEMU's threads use its heap while it is read: a second look may see more.
+    if (!found) found = find_block_hosts(process, mappings, lines, known);
+    hosts = VMSNAP_TRY(std::move(found));
   }
 
   std::vector<RamBlock> blocks;
