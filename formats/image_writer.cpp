@@ -28,11 +28,6 @@ std::span<const std::byte> sealed(Block& block) {
   return bytes;
 }
 
-struct AtomicCounts {
-  std::atomic<uint64_t> duplicate = 0;
-  std::atomic<uint64_t> stored = 0;
-};
-
 }  // namespace
 
 struct ImageWriter::Encoder::State {
@@ -45,6 +40,11 @@ ImageWriter::Encoder::~Encoder() = default;
 ImageWriter::Encoder::Encoder(Encoder&&) noexcept = default;
 
 struct ImageWriter::State {
+  struct AtomicCounts {
+    std::atomic<uint64_t> duplicate = 0;
+    std::atomic<uint64_t> stored = 0;
+  };
+
   int fd = -1;
   std::string name;
   uint64_t page_count = 0;
