@@ -27,13 +27,13 @@ MODULES = ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_
 INIT = """#!/bin/sh
 # The only process tree of the guest.
 export PATH=/bin
-/bin/busybox mkdir -p /bin /proc /sys /dev /work
+/bin/busybox mkdir -p /bin /proc /sys /dev /data
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
-mount -t tmpfs -o size=80% work /work
+mount -t tmpfs -o size=80% data /data
 for module in @MODULES@; do
   insmod /modules/$module.ko
 done
@@ -49,18 +49,18 @@ done
 ) &
 
 # Memory that must stay right: a file, its checksum, and ever new copies of it.
-dd if=/dev/urandom of=/work/original bs=1M count=@MIB@ 2>/dev/null
-sum=$(sha256sum </work/original)
+dd if=/dev/urandom of=/data/original bs=1M count=@MIB@ 2>/dev/null
+sum=$(sha256sum </data/original)
 n=0
 while :; do
   n=$((n + 1))
-  cp /work/original /work/copy
-  if cmp /work/original /work/copy && [ "$(sha256sum </work/original)" = "$sum" ]; then
+  cp /data/original /data/copy
+  if cmp /data/original /data/copy && [ "$(sha256sum </data/original)" = "$sum" ]; then
     echo "memcheck $n ok"
   else
     echo "MEMCHECK FAILED in round $n"
   fi
-  rm /work/copy
+  rm /data/copy
 done
 """
 

@@ -1,0 +1,68 @@
+// What is refused before anything is touched, as far as it can be made here.
+#include "snap/vmm/preflight.h"
+
+#include <gtest/gtest.h>
+#include <linux/io_uring.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+
+#include <atomic>
+#include <thread>
+
+#include "tests/snap/victim.h"
+
+namespace vmsnap {
+namespace {
+
+using namespace std::chrono_literals;
+
+struct Report {
+  std::atomic<int> result{-1};  // 0: ready; else errno
+  std::atomic<uint64_t> address{0};
+};
+
+void wait_for(const Report* report) {
+  for (int i = 0; i < 20000 && report->result < 0; ++i) std::this_thread::sleep_for(1ms);
+}
+
+// Registered buffers are pinned: the kernel writes into them with no fault.
+int register_buffer(void* memory, size_t length) {
+  io_uring_params parameters = {};
+  const int ring = static_cast<int>(::syscall(SYS_io_uring_setup, 4, &parameters));
+  if (ring < 0) return errno;
+  iovec buffer = {memory, length};
+  return ::syscall(SYS_io_uring_register, ring, IORING_REGISTER_BUFFERS, &buffer, 1) < 0 ? errno : 0;
+}
+
+TEST(Preflight, RefusesMemoryPinnedByIoUring) {
+  Report* report = shared_with_victim<Report>();
+  constexpr size_t length = 1 << 20;
+  Victim victim([report] {
+    void* memory =
+        ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    report->result = register_buffer(memory, length);
+    ::pause();
+    return 0;
+  });
+  wait_for(report);
+  if (report->result != 0) {
+    GTEST_SKIP() << "no io_uring buffer here: " << std::strerror(report->result);
+  }
+  const Status refused = check_not_pinned(victim.process());
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code(), ErrorCode::refused);
+  EXPECT_NE(refused.error().message().find("1024 KiB of memory pinned"), std::string::npos)
+      << refused.error().message();
+}
+
+TEST(Preflight, TakesAProcessWithoutPinnedMemory) {
+  Victim victim([] {
+    ::pause();
+    return 0;
+  });
+  const Status fine = check_not_pinned(victim.process());
+  EXPECT_TRUE(fine) << fine.error().message();
+}
+
+}  // namespace
+}  // namespace vmsnap
