@@ -64,7 +64,10 @@ void FaultHandler::run() {
   flush();
 }
 
+// A page has its mark before it has its state: an event that comes in between
+// (QEMU's own threads run on in a pause) waits until both are there.
 Status FaultHandler::handle(const UffdEvent& event) {
+  std::lock_guard lock(arming_);
   CapturedPiece* piece = state_.find(event.address);
   if (!piece) return fail(ErrorCode::vm, "a fault outside the captured memory at {:#x}", event.address.address());
   const uint64_t unit = piece->unit_of(event.address);
@@ -112,7 +115,6 @@ Status FaultHandler::copy_unit(CapturedPiece& piece, uint64_t unit) {
 // An absent page of shared memory was touched. Filled with zeros, as the
 // kernel would have done without us.
 Status FaultHandler::handle_missing(CapturedPiece& piece, uint64_t unit) {
-  std::lock_guard lock(arming_);
   const UnitState before = piece.states.get(unit);
   if (!armed_) {
     // It holds whatever the guest writes until the instant: to be copied.

@@ -28,8 +28,8 @@ class FaultHandler {
   void run();
   void request_stop();
 
-  // Held while memory is being armed: absent pages of shared memory that are
-  // touched are filled before or after it, never in the middle.
+  // Held while memory is being armed: events are answered before or after it,
+  // never in the middle, when marks are there and states are not.
   std::mutex& arming() { return arming_; }
   // To be set under arming(): from now on, what is filled in was not there at
   // the instant.

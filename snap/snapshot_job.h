@@ -21,11 +21,13 @@ namespace vmsnap {
 
 class SnapshotJob {
  public:
-  SnapshotJob(Process process, const SnapshotOptions& options, const SnapshotProgress& progress)
+  // All must outlive the job.
+  SnapshotJob(const Process& process, const SnapshotOptions& options,
+              const SnapshotProgress& progress)
       : options_(options),
         progress_(progress),
         start_(std::chrono::steady_clock::now()),
-        process_(std::move(process)) {}
+        process_(process) {}
 
   // Checks that only read; then the guard, the output file, the userfaultfd;
   // when this returns, the memory is registered and the target runs on.
@@ -57,7 +59,7 @@ class SnapshotJob {
 
   // In the order of their making; destroyed in reverse, the capture first:
   // that frees the guest.
-  Process process_;
+  const Process& process_;
   GuestMemory memory_;
   std::optional<KsmPause> ksm_;
   std::optional<Guard> guard_;

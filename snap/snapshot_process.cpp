@@ -60,10 +60,13 @@ Result<SnapshotSummary> snapshot_process(pid_t pid, std::vector<RemoteRange> ran
                                          const SnapshotProgress& progress) {
   VMSNAP_TEST_POINT("snapshot.start");
   auto blocks = VMSNAP_TRY(to_memory_blocks(std::move(ranges)));
-  SnapshotJob job(VMSNAP_TRY(Process::open(pid)), options, progress);
-  return run(job, std::move(blocks), options).map_error([&](Error error) {
-    return job.process().explain(std::move(error));
-  });
+  const Process process = VMSNAP_TRY(Process::open(pid));
+  // The job ends, and lets the process go, before we ask what an error meant.
+  const auto summary = [&] {
+    SnapshotJob job(process, options, progress);
+    return run(job, std::move(blocks), options);
+  }();
+  return summary.map_error([&](Error error) { return process.explain(std::move(error)); });
 }
 
 }  // namespace vmsnap

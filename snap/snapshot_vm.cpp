@@ -152,10 +152,13 @@ Result<SnapshotSummary> snapshot_vm(const std::string& qmp_socket, const Snapsho
                                     const SnapshotProgress& progress) {
   VMSNAP_TEST_POINT("snapshot.start");
   Qmp qmp = VMSNAP_TRY(Qmp::connect(qmp_socket));
-  SnapshotJob job(VMSNAP_TRY(Process::open(VMSNAP_TRY(qmp.peer_pid()))), options, progress);
-  return run(job, qmp, options).map_error([&](Error error) {
-    return job.process().explain(std::move(error));
-  });
+  const Process process = VMSNAP_TRY(Process::open(VMSNAP_TRY(qmp.peer_pid())));
+  // The job ends, and lets the VM go, before we ask what an error meant.
+  const auto summary = [&] {
+    SnapshotJob job(process, options, progress);
+    return run(job, qmp, options);
+  }();
+  return summary.map_error([&](Error error) { return process.explain(std::move(error)); });
 }
 
 }  // namespace vmsnap
