@@ -24,25 +24,6 @@ int exit_status(ErrorCode code) {
   return 1;
 }
 
-std::string_view code_name(ErrorCode code) {
-  switch (code) {
-    case ErrorCode::usage: return "usage";
-    case ErrorCode::refused: return "refused";
-    case ErrorCode::privilege: return "privilege";
-    case ErrorCode::vm: return "vm";
-    case ErrorCode::discarded: return "discarded";
-    case ErrorCode::no_space: return "no_space";
-    case ErrorCode::exists: return "exists";
-    case ErrorCode::damaged: return "damaged";
-    case ErrorCode::unsupported: return "unsupported";
-    case ErrorCode::pause_command: return "pause_command";
-    case ErrorCode::poisoned: return "poisoned";
-    case ErrorCode::interrupted: return "interrupted";
-    case ErrorCode::io: return "io";
-  }
-  return "io";
-}
-
 Error Error::from_errno(int os_errno, std::string what, ErrorCode code) {
   // EFBIG is what a process sees at its file size limit: to a user, a full disk.
   if (os_errno == ENOSPC || os_errno == EDQUOT || os_errno == EFBIG) code = ErrorCode::no_space;

@@ -34,9 +34,6 @@ enum class ErrorCode {
 // The process exit status for each code; listed in vmsnap(1).
 int exit_status(ErrorCode code);
 
-// A short stable word for --json and logs ("refused", "no_space", ...).
-std::string_view code_name(ErrorCode code);
-
 class Error {
  public:
   Error(ErrorCode code, std::string message) : code_(code), message_(std::move(message)) {}

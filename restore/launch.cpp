@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <vector>
+#include "snap/vmm/caretaker.h"
 
 namespace vmsnap {
 
@@ -64,8 +65,7 @@ void reset_signals() {
 }
 
 [[noreturn]] void guard(int pidfd, int word) {
-  ::setsid();
-  for (const int number : {SIGINT, SIGTERM, SIGHUP}) ::signal(number, SIG_IGN);
+  become_caretaker("snapguard");
   // Not the lock of the run directory, nor anybody's output.
   const int pidfd_copy = ::fcntl(pidfd, F_DUPFD_CLOEXEC, 3);
   ::dup2(pidfd_copy, 0);
@@ -108,9 +108,8 @@ std::string log_tail(const std::string& path) {
 }  // namespace
 
 void kill_and_wait(const Process& process) {
-  ::syscall(SYS_pidfd_send_signal, process.pidfd(), SIGKILL, nullptr, 0);
-  pollfd exited = {process.pidfd(), POLLIN, 0};
-  ::poll(&exited, 1, 5000);
+  process.kill();
+  (void)process.wait_for_end(std::chrono::seconds(5));
   ::waitpid(process.pid(), nullptr, WNOHANG);  // if it is our child
 }
 
@@ -169,8 +168,8 @@ Error StartedVm::explain(Error error) const {
   ErrorCode code = error.code();
   int status = 0;
   // A VMM that is about to exit gets a moment to say why.
-  pollfd exited = {process_.pidfd(), POLLIN, 0};
-  if (::poll(&exited, 1, 200) > 0 && ::waitpid(process_.pid(), &status, WNOHANG) > 0) {
+  if (process_.wait_for_end(std::chrono::milliseconds(200)) &&
+      ::waitpid(process_.pid(), &status, WNOHANG) > 0) {
     text = WIFSIGNALED(status) ? fmt::format("it was killed by signal {}", WTERMSIG(status))
                                : fmt::format("it exited with status {}", WEXITSTATUS(status));
     // Whatever failed first, failed because the VM had gone.

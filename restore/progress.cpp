@@ -1,7 +1,6 @@
 #include "restore/progress.h"
 
 #include <algorithm>
-#include <ostream>
 
 namespace vmsnap {
 
@@ -18,18 +17,7 @@ std::string progress_line(const PageServerCounters& counters, std::chrono::durat
 }
 
 void RestoreProgress::show(const PageServerCounters& counters) {
-  if (!context_.terminal) return;
-  const Clock::time_point now = Clock::now();
-  if (visible_ && now - drawn_ < std::chrono::milliseconds(200)) return;
-  // Back to the start of the line, then whatever is longer is erased.
-  context_.err << "\r" << progress_line(counters, now - started_) << "\033[K" << std::flush;
-  drawn_ = now;
-  visible_ = true;
-}
-
-void RestoreProgress::clear() {
-  if (visible_) context_.err << "\r\033[K" << std::flush;
-  visible_ = false;
+  if (line_.due()) line_.draw(progress_line(counters, Clock::now() - started_));
 }
 
 }  // namespace vmsnap

@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "formats/command.h"
+#include "formats/terminal_line.h"
 #include "restore/page_server.h"
 
 namespace vmsnap {
@@ -11,20 +12,18 @@ namespace vmsnap {
 class RestoreProgress {
  public:
   // Draws nothing unless the context says that it is a terminal.
-  explicit RestoreProgress(CommandContext& context) : context_(context) {}
+  explicit RestoreProgress(CommandContext& context) : line_(context.err, context.terminal) {}
 
   // Draws at most five times a second.
   void show(const PageServerCounters& counters);
   // Removes the line.
-  void clear();
+  void clear() { line_.clear(); }
 
  private:
   using Clock = std::chrono::steady_clock;
 
-  CommandContext& context_;
+  TerminalLine line_;
   Clock::time_point started_ = Clock::now();
-  Clock::time_point drawn_;
-  bool visible_ = false;
 };
 
 // "restore: filling 40 % of 1.5 GiB, 0.81 GiB/s, 2 s left, 1234 faults"

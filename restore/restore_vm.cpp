@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <thread>
 
+#include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
 #include "formats/test_point.h"
@@ -137,7 +138,7 @@ Status Restore::start_guest(Qmp& qmp) {
                            "one with --replace OLD=NEW."));
     }
   }
-  vm_->record.ready_ms = std::chrono::duration<double, std::milli>(Clock::now() - started_).count();
+  vm_->record.ready_ms = ms_since(started_);
   // It runs: what goes wrong now is no reason to end it.
   const Status written = enter(RestorePhase::running);
   if (!written) log_warning("{}", written.error().message());

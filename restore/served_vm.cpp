@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <iostream>
 
+#include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
 #include "restore/progress.h"
@@ -60,11 +61,6 @@ nlohmann::json to_json(const PageServerCounters& counters) {
 }
 
 namespace {
-
-double ms_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
-      .count();
-}
 
 void print_summary(const ServedVm& vm, const PageServerCounters& counters,
                    const ServeManner& manner, CommandContext& context) {

@@ -2,15 +2,15 @@
 
 #include <fcntl.h>
 #include <poll.h>
-#include <signal.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <string>
+
+#include "snap/vmm/caretaker.h"
+#include "snap/vmm/process.h"
 
 namespace vmsnap {
 
@@ -19,7 +19,7 @@ namespace {
 // Everything the guard's process needs, and all it keeps.
 struct GuardProcess {
   Fd pipe;
-  Fd parent;  // pidfd
+  Process parent;
   int qmp_fd = -1;
   std::string qmp_path;
   std::optional<KsmPause>* ksm = nullptr;
@@ -54,9 +54,8 @@ void GuardProcess::run() {
     if (ready < 0 && errno == EINTR) continue;
     if (ready == 0) {
       // No sign of life, and a guest that may be waiting for one.
-      ::syscall(SYS_pidfd_send_signal, parent.get(), SIGKILL, nullptr, 0);
-      pollfd gone = {parent.get(), POLLIN, 0};
-      ::poll(&gone, 1, limit_ms);
+      parent.kill();
+      (void)parent.wait_for_end(std::chrono::milliseconds(limit_ms));
       break;
     }
     char what[256];
@@ -108,16 +107,13 @@ Result<Guard> Guard::start(const Qmp* qmp, std::optional<KsmPause>* ksm,
   Fd reading(ends[0]), writing(ends[1]);
   // Only our end must not block: a guard that is slow must not slow us.
   ::fcntl(writing.get(), F_SETFL, O_NONBLOCK);
-  Fd self(static_cast<int>(::syscall(SYS_pidfd_open, ::getpid(), 0)));
-  if (!self) return fail_errno(errno, "cannot open our own process");
+  Process self = VMSNAP_TRY(Process::open(::getpid()));
 
   const pid_t pid = ::fork();
   if (pid < 0) return fail_errno(errno, "cannot fork");
   if (pid == 0) {
     writing.reset();
-    ::setsid();
-    ::prctl(PR_SET_NAME, "snapguard");  // not found by killall vmsnap
-    for (int number = 1; number < NSIG; ++number) ::signal(number, SIG_IGN);
+    become_caretaker("snapguard");
     GuardProcess guard;
     guard.pipe = std::move(reading);
     guard.parent = std::move(self);

@@ -2,14 +2,13 @@
 
 #include <fmt/format.h>
 
-#include <ostream>
+#include <algorithm>
 
 namespace vmsnap {
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr std::chrono::milliseconds redraw_interval{200};
 constexpr double gib = 1 << 30;
 
 std::string copying(const CaptureCounters& counters, double seconds) {
@@ -27,26 +26,15 @@ std::string copying(const CaptureCounters& counters, double seconds) {
 }  // namespace
 
 void ProgressLine::show(SnapshotPhase phase, const CaptureCounters* counters) {
-  if (!terminal_) return;
-  const auto now = Clock::now();
-  if (drawn_ && phase == SnapshotPhase::copying && now - last_ < redraw_interval) return;
-  last_ = now;
-  std::string line;
   switch (phase) {
-    case SnapshotPhase::preparing: line = "preparing"; break;
-    case SnapshotPhase::copying:
-      if (copy_start_ == Clock::time_point()) copy_start_ = now;
-      if (counters) line = copying(*counters, std::chrono::duration<double>(now - copy_start_).count());
-      break;
-    case SnapshotPhase::committing: line = "committing"; break;
+    case SnapshotPhase::preparing: return line_.draw("preparing");
+    case SnapshotPhase::committing: return line_.draw("committing");
+    case SnapshotPhase::copying: break;
   }
-  out_ << "\r\033[K" << line << std::flush;
-  drawn_ = true;
-}
-
-void ProgressLine::clear() {
-  if (drawn_) out_ << "\r\033[K" << std::flush;
-  drawn_ = false;
+  const auto now = Clock::now();
+  if (copy_start_ == Clock::time_point()) copy_start_ = now;
+  if (!counters || !line_.due()) return;
+  line_.draw(copying(*counters, std::chrono::duration<double>(now - copy_start_).count()));
 }
 
 }  // namespace vmsnap

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <iosfwd>
 
+#include "formats/terminal_line.h"
 #include "snap/snapshot.h"
 
 namespace vmsnap {
@@ -11,17 +12,14 @@ namespace vmsnap {
 // One thread. Writes nothing at all unless `terminal`.
 class ProgressLine {
  public:
-  ProgressLine(std::ostream& out, bool terminal) : out_(out), terminal_(terminal) {}
-  ~ProgressLine() { clear(); }
+  ProgressLine(std::ostream& out, bool terminal) : line_(out, terminal) {}
 
   void show(SnapshotPhase phase, const CaptureCounters* counters);
-  void clear();
+  void clear() { line_.clear(); }
 
  private:
-  std::ostream& out_;
-  bool terminal_;
-  bool drawn_ = false;
-  std::chrono::steady_clock::time_point copy_start_, last_;
+  TerminalLine line_;
+  std::chrono::steady_clock::time_point copy_start_;
 };
 
 }  // namespace vmsnap

@@ -1,5 +1,6 @@
 #include "snap/snapshot_job.h"
 
+#include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/test_point.h"
 #include "snap/vmm/handover.h"
@@ -10,10 +11,6 @@ namespace vmsnap {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-double ms_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-}
 
 }  // namespace
 

@@ -36,8 +36,6 @@ class Chunk {
   // soon as they are added, so the bytes must be filled in before the chunk is
   // handed on. `pages` is at most free().
   std::span<std::byte> add(uint64_t first_number, size_t pages);
-  // Takes the last `pages` back (the copy did not succeed).
-  void drop(size_t pages) { numbers_.resize(numbers_.size() - pages); }
   void clear() { numbers_.clear(); }
 
  private:

@@ -5,9 +5,7 @@
 namespace vmsnap {
 
 uint64_t GuestMemory::page_count() const {
-  uint64_t pages = 0;
-  for (const MemoryBlock& block : blocks) pages += block.range.length / page_size;
-  return pages;
+  return total_pages(regions());
 }
 
 std::vector<Region> GuestMemory::regions() const {

@@ -15,6 +15,7 @@
 #include <optional>
 
 #include "formats/test_point.h"
+#include "snap/vmm/descriptor_message.h"
 #include "snap/vmm/injector.h"
 
 // Linux 6.1; newer than some kernel headers.
@@ -183,21 +184,9 @@ class DeviceOffer {
  private:
   bool send_device() const {
     const Fd connection(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
-    char byte = 'd';
-    iovec bytes = {&byte, 1};
-    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-    msghdr message = {};
-    message.msg_iov = &bytes;
-    message.msg_iovlen = 1;
-    message.msg_control = control;
-    message.msg_controllen = sizeof control;
-    cmsghdr* header = CMSG_FIRSTHDR(&message);
-    header->cmsg_level = SOL_SOCKET;
-    header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(sizeof(int));
+    const std::byte byte{'d'};
     const int device = device_.get();
-    std::memcpy(CMSG_DATA(header), &device, sizeof device);
-    return connection && ::sendmsg(connection.get(), &message, MSG_NOSIGNAL) == 1;
+    return connection && send_with_descriptors(connection.get(), {&byte, 1}, {&device, 1}) == 1;
   }
 
   Fd device_, listener_;

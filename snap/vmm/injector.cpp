@@ -1,8 +1,6 @@
 #include "snap/vmm/injector.h"
 
 #include <fcntl.h>
-#include <signal.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -10,6 +8,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+
+#include "snap/vmm/caretaker.h"
 
 namespace vmsnap {
 
@@ -39,11 +39,7 @@ Message error_message(const Error& error) {
 }
 
 void outlive_parent() {
-  ::setsid();
-  ::prctl(PR_SET_NAME, "vmsnap-inject");
-  for (int number = 1; number < NSIG; ++number) {
-    if (number != SIGCHLD) ::signal(number, SIG_IGN);
-  }
+  become_caretaker("snapinject");
   // Being chosen by the out-of-memory killer here would cost the VM as well.
   (void)write_all(open_file("/proc/self/oom_score_adj", O_WRONLY).value_or(Fd()).get(),
                   std::as_bytes(std::span("-1000", 5)), "oom_score_adj");

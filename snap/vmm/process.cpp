@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -76,18 +77,19 @@ Result<Process> Process::open(pid_t pid) {
   return process;
 }
 
-bool Process::alive() const {
+bool Process::wait_for_end(std::chrono::milliseconds limit) const {
   pollfd exited = {pidfd_.get(), POLLIN, 0};
-  return ::poll(&exited, 1, 0) == 0;
+  return ::poll(&exited, 1, static_cast<int>(limit.count())) != 0;
 }
+
+void Process::kill() const { ::syscall(SYS_pidfd_send_signal, pidfd_.get(), SIGKILL, nullptr, 0); }
 
 Error Process::explain(Error error) const {
   // The memory of a dying process goes before the process does.
   const int why = error.os_errno();
   const bool looks_like_it = why == ESRCH || why == ENOENT || why == EPIPE || why == EFAULT ||
                              why == EIO || error.code() == ErrorCode::vm;
-  pollfd exited = {pidfd_.get(), POLLIN, 0};
-  if (::poll(&exited, 1, looks_like_it ? 1000 : 0) <= 0) return error;
+  if (!wait_for_end(std::chrono::milliseconds(looks_like_it ? 1000 : 0))) return error;
   if (error.code() == ErrorCode::interrupted || error.code() == ErrorCode::no_space) return error;
   return Error(ErrorCode::vm, fmt::format("process {} ended meanwhile ({})", pid_, error.message()))
       .with_remedy("Start the VM again, then try again.");

@@ -6,6 +6,7 @@
 
 #include <sys/types.h>
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -25,7 +26,11 @@ class Process {
 
   pid_t pid() const { return pid_; }
   int pidfd() const { return pidfd_.get(); }
-  bool alive() const;
+  bool alive() const { return !wait_for_end(std::chrono::milliseconds(0)); }
+  // Whether it has ended; waits for that up to `limit`.
+  bool wait_for_end(std::chrono::milliseconds limit) const;
+  // SIGKILL, through the pidfd: never hits another process of that number.
+  void kill() const;
   // Clock ticks since boot at which it started, field 22 of proc(5) stat: with
   // the pid, names one process across restarts of ours.
   uint64_t start_time() const { return start_time_; }

@@ -8,6 +8,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "snap/vmm/descriptor_message.h"
+
 namespace vmsnap {
 
 namespace {
@@ -16,7 +18,6 @@ using Clock = std::chrono::steady_clock;
 using Json = nlohmann::json;
 
 constexpr size_t max_reply = 16 << 20;
-constexpr size_t max_descriptors = 8;
 
 tl::unexpected<Error> bad(const std::string& path, std::string what, std::string remedy) {
   return tl::unexpected(Error(ErrorCode::vm, fmt::format("QMP socket {}: {}", path, what))
@@ -39,25 +40,7 @@ Result<bool> wait_readable(int fd, Clock::time_point deadline) {
 // the same socket writes then starts a new command.
 Status send_line(int fd, const std::string& path, const std::string& line,
                  const std::vector<int>& descriptors) {
-  iovec bytes = {const_cast<char*>(line.data()), line.size()};
-  alignas(cmsghdr) char control[CMSG_SPACE(max_descriptors * sizeof(int))] = {};
-  msghdr message = {};
-  message.msg_iov = &bytes;
-  message.msg_iovlen = 1;
-  if (!descriptors.empty()) {
-    const size_t size = std::min(descriptors.size(), max_descriptors) * sizeof(int);
-    message.msg_control = control;
-    message.msg_controllen = CMSG_SPACE(size);
-    cmsghdr* header = CMSG_FIRSTHDR(&message);
-    header->cmsg_level = SOL_SOCKET;
-    header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(size);
-    std::memcpy(CMSG_DATA(header), descriptors.data(), size);
-  }
-  ssize_t sent;
-  do {
-    sent = ::sendmsg(fd, &message, MSG_NOSIGNAL);
-  } while (sent < 0 && errno == EINTR);
+  const ssize_t sent = send_with_descriptors(fd, std::as_bytes(std::span(line)), descriptors);
   if (sent < 0) {
     return tl::unexpected(
         Error::from_errno(errno, fmt::format("QMP socket {}: cannot send", path), ErrorCode::vm));
@@ -153,10 +136,7 @@ Result<Json> Qmp::execute(const std::string& command, Json arguments, std::vecto
   const auto deadline = Clock::now() + limit_;
   for (;;) {
     Json message = VMSNAP_TRY(read_message(deadline));
-    if (message.contains("event") && message["event"].is_string()) {
-      if (events_.size() < 1024) events_.push_back(message["event"].get<std::string>());
-      continue;
-    }
+    if (message.contains("event")) continue;
     if (message.value("id", Json()) != id) {
       if (message.contains("id") || message.contains("return")) continue;
     }
@@ -180,7 +160,5 @@ Result<std::string> Qmp::human(const std::string& command_line) {
   std::erase(text, '\r');
   return text;
 }
-
-std::vector<std::string> Qmp::take_events() { return std::exchange(events_, {}); }
 
 }  // namespace vmsnap

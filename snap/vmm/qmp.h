@@ -41,8 +41,6 @@ class Qmp {
   Result<std::string> human(const std::string& command_line);
 
   void set_limit(std::chrono::milliseconds limit) { limit_ = limit; }
-  // Names of events seen since the last call, in order.
-  std::vector<std::string> take_events();
   void close() { fd_.reset(); }
 
  private:
@@ -51,7 +49,6 @@ class Qmp {
   Fd fd_;
   std::string path_;
   std::string received_;  // bytes after the last whole line
-  std::vector<std::string> events_;
   std::chrono::milliseconds limit_{10000};
   uint64_t last_id_ = 0;
 };

@@ -1,0 +1,17 @@
+// Sending descriptors along with bytes over a Unix socket (SCM_RIGHTS, unix(7)).
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <span>
+
+namespace vmsnap {
+
+// One sendmsg(2) with at most eight descriptors: the bytes go as a whole or
+// not at all, short of a full socket. Blocks as the socket does; raises no
+// SIGPIPE. Returns what sendmsg does: bytes sent, or -1 and errno.
+ssize_t send_with_descriptors(int socket, std::span<const std::byte> bytes,
+                              std::span<const int> descriptors);
+
+}  // namespace vmsnap
