@@ -11,8 +11,6 @@ namespace vmsnap {
 
 namespace {
 
-using Json = nlohmann::json;
-
 constexpr uint64_t no_address = ~uint64_t{0};
 
 // Names reach terminals, in errors and lists: no C0 or C1 controls, no DEL.
@@ -74,31 +72,31 @@ bool nested_too_deep(std::string_view json) {
   return false;
 }
 
-const Json* member(const Json& object, const char* key) {
+const nlohmann::json* member(const nlohmann::json& object, const char* key) {
   const auto found = object.find(key);
   return found == object.end() ? nullptr : &*found;
 }
 
-bool read_text(const Json& object, const char* key, std::string& out) {
-  const Json* value = member(object, key);
+bool read_text(const nlohmann::json& object, const char* key, std::string& out) {
+  const nlohmann::json* value = member(object, key);
   if (!value || !value->is_string()) return false;
   out = value->get_ref<const std::string&>();
   return true;
 }
 
-bool read_unsigned(const Json& object, const char* key, uint64_t& out) {
-  const Json* value = member(object, key);
+bool read_unsigned(const nlohmann::json& object, const char* key, uint64_t& out) {
+  const nlohmann::json* value = member(object, key);
   if (!value || !value->is_number_unsigned()) return false;
   out = value->get<uint64_t>();
   return true;
 }
 
-bool read_region(const Json& json, Region& region) {
+bool read_region(const nlohmann::json& json, Region& region) {
   if (!json.is_object() || !read_text(json, "name", region.name) ||
       !read_unsigned(json, "length", region.length)) {
     return false;
   }
-  const Json* address = member(json, "address");
+  const nlohmann::json* address = member(json, "address");
   if (address && address->is_null()) {
     region.address = no_address;
     return true;
@@ -107,7 +105,7 @@ bool read_region(const Json& json, Region& region) {
 }
 
 // Why the document is not what it must be, or an empty string.
-std::string read_document(Json& document, ImageInfo& info) {
+std::string read_document(nlohmann::json& document, ImageInfo& info) {
   if (!document.is_object()) return "it is not a JSON object";
   if (!read_text(document, "id", info.id)) return "\"id\" is missing or not a string";
   uint64_t created = 0;
@@ -116,10 +114,10 @@ std::string read_document(Json& document, ImageInfo& info) {
     return "\"created_unix_ms\" is missing or out of range";
   }
   info.created_unix_ms = static_cast<int64_t>(created);
-  const Json* regions = member(document, "regions");
+  const nlohmann::json* regions = member(document, "regions");
   if (!regions || !regions->is_array()) return "\"regions\" is missing or not an array";
   if (regions->size() > max_regions) return fmt::format("more than {} regions", max_regions);
-  for (const Json& json : *regions) {
+  for (const nlohmann::json& json : *regions) {
     if (!read_region(json, info.regions.emplace_back())) {
       return "a region lacks a proper name, address or length";
     }
@@ -134,17 +132,18 @@ std::string read_document(Json& document, ImageInfo& info) {
 
 Result<std::string> encode_metadata(const ImageInfo& info, uint64_t page_count,
                                     const std::string& name) {
-  Json regions = Json::array();
+  nlohmann::json regions = nlohmann::json::array();
   for (const Region& region : info.regions) {
     regions.push_back({{"name", region.name},
-                       {"address", region.address == no_address ? Json() : Json(region.address)},
+                       {"address", region.address == no_address ? nlohmann::json()
+                                                                : nlohmann::json(region.address)},
                        {"length", region.length}});
   }
-  const Json document = {{"id", info.id},
-                         {"created_unix_ms", info.created_unix_ms},
-                         {"regions", std::move(regions)},
-                         {"source", info.source}};
-  std::string json = document.dump(-1, ' ', false, Json::error_handler_t::replace);
+  const nlohmann::json document = {{"id", info.id},
+                                   {"created_unix_ms", info.created_unix_ms},
+                                   {"regions", std::move(regions)},
+                                   {"source", info.source}};
+  std::string json = document.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   const auto read_back = decode_metadata(std::as_bytes(std::span(json)), page_count, name);
   if (!read_back) {
     return fail(ErrorCode::io, "cannot write an image that could not be read: {}",
@@ -159,7 +158,7 @@ Result<ImageInfo> decode_metadata(std::span<const std::byte> json, uint64_t page
   if (text.size() > layout::max_metadata || nested_too_deep(text)) {
     return damaged(name, "its metadata is more than 16 MiB, or nested too deep");
   }
-  Json document = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  nlohmann::json document = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (document.is_discarded()) return damaged(name, "its metadata is not JSON");
   ImageInfo info;
   std::string wrong = read_document(document, info);
