@@ -3,7 +3,6 @@
 #include <utility>
 
 #include "formats/file.h"
-#include "formats/image_layout.h"
 
 namespace vmsnap {
 
@@ -23,11 +22,6 @@ Status AppendFile::append(std::span<const std::byte> bytes) {
   }
   buffer_.insert(buffer_.end(), bytes.begin(), bytes.end());
   return {};
-}
-
-Status AppendFile::pad_to(uint64_t alignment) {
-  const std::vector<std::byte> zeros(layout::align_up(offset(), alignment) - offset());
-  return append(zeros);
 }
 
 Status AppendFile::flush() {

@@ -7,24 +7,22 @@
 #include <string>
 #include <vector>
 
-#include "formats/error.h"
+#include "formats/byte_sink.h"
 
 namespace vmsnap {
 
-// For one thread. Blocks on the disk. What was appended is in the file once
-// flush() has returned without an error.
-class AppendFile {
+class AppendFile : public ByteSink {
  public:
   // `fd` is borrowed.
   AppendFile(int fd, std::string name, uint64_t offset);
 
-  Status append(std::span<const std::byte> bytes);
-  Status pad_to(uint64_t alignment);  // with zeros
-  Status flush();
-
-  uint64_t offset() const { return flushed_ + buffer_.size(); }
+  Status append(std::span<const std::byte> bytes) override;
+  uint64_t offset() const override { return flushed_ + buffer_.size(); }
+  Status finish() override { return flush(); }
 
  private:
+  Status flush();
+
   const int fd_;
   const std::string name_;
   uint64_t flushed_;

@@ -47,11 +47,21 @@ Result<size_t> read_up_to(int fd, std::span<std::byte> bytes, uint64_t offset,
 
 }  // namespace
 
+Result<FrameSource> OwnFrames::source(uint64_t pack) const {
+  if (pack != 0) return damaged(source_.name, "a page entry refers to pack {}", pack);
+  return source_;
+}
+
+Status read_stored_page(const FrameFiles& files, uint64_t entry_bits,
+                        std::span<std::byte, page_size> out) {
+  const FrameSource source = VMSNAP_TRY(files.source(PageEntry::from_bits(entry_bits).pack));
+  return read_stored_page(source, entry_bits, out);
+}
+
 Status read_stored_page(const FrameSource& source, uint64_t entry_bits,
                         std::span<std::byte, page_size> out) {
   const PageEntry entry = PageEntry::from_bits(entry_bits);
-  if (entry.kind != PageEntry::kind_frame || entry.pack != 0 ||
-      entry.offset < layout::frames_begin || entry.offset >= source.end ||
+  if (entry.kind != PageEntry::kind_frame || entry.offset < layout::frames_begin || entry.offset >= source.end ||
       source.end - entry.offset < sizeof(layout::FrameHeader)) {
     return damaged(source.name, "a page entry refers to no frame ({:#018x})", entry_bits);
   }
@@ -68,7 +78,7 @@ Status read_stored_page(const FrameSource& source, uint64_t entry_bits,
   layout::FrameHeader header;
   std::memcpy(&header, scratch.frame.data(), sizeof header);
   const size_t need = sizeof header + header.stored_length;
-  if (!FrameDecoder::plausible(header) || need > room || entry.slot > header.last_slot) {
+  if (!FrameDecoder::plausible(header, source.key != nullptr) || need > room || entry.slot > header.last_slot) {
     return damaged(source.name, "the page frame at byte {} has an impossible header", entry.offset);
   }
   if (need > have) {
@@ -77,9 +87,9 @@ Status read_stored_page(const FrameSource& source, uint64_t entry_bits,
                                entry.offset + have, source.name));
   }
 
-  const auto payload =
-      std::span<const std::byte>(scratch.frame).subspan(sizeof header, header.stored_length);
-  if (!scratch.decoder.intact(header, payload, layout::seed_at(source.image_seed, entry.offset))) {
+  const FrameSite site = {entry.offset, source.seed, source.key};
+  const auto payload = std::span(scratch.frame).subspan(sizeof header, header.stored_length);
+  if (!scratch.decoder.intact(header, payload, site)) {
     return damaged(source.name, "the checksum of the page frame at byte {} does not match",
                    entry.offset);
   }
@@ -89,8 +99,8 @@ Status read_stored_page(const FrameSource& source, uint64_t entry_bits,
     scratch.pages.resize(pages * page_size);
     decoded = scratch.pages;
   }
-  if (!scratch.decoder.decode(header, payload, decoded)) {
-    return damaged(source.name, "the page frame at byte {} does not decompress to its {} pages",
+  if (!scratch.decoder.decode(header, payload, site, decoded)) {
+    return damaged(source.name, "the page frame at byte {} cannot be decoded to its {} pages",
                    entry.offset, pages);
   }
   if (pages > 1) {

@@ -8,6 +8,7 @@
 
 #include "formats/error.h"
 #include "formats/image_layout.h"
+#include "formats/secret_key.h"
 
 namespace vmsnap {
 
@@ -15,14 +16,37 @@ namespace vmsnap {
 struct FrameSource {
   int fd = -1;
   const std::string& name;  // for errors
-  uint64_t image_seed = 0;
-  uint64_t end = 0;  // no frame reaches past this byte of the file
+  uint64_t seed = 0;
+  uint64_t end = 0;                // no frame reaches past this byte of the file
+  const SecretKey* key = nullptr;  // null: its frames are not sealed
 };
 
-// The bytes of the page that `entry_bits`, not 0, refers to. Reads with one
-// pread(2) if the frame holds one page. Thread-safe; blocks on the disk.
-// ErrorCode::damaged if the entry or the frame is not what it must be.
+// Which file the frames of a pack number are in, of an image that is read.
+class FrameFiles {
+ public:
+  virtual ~FrameFiles() = default;
+  // ErrorCode::damaged if there is no such pack, or not the one it must be.
+  // Valid as long as this object. Any number of threads; may block on the disk.
+  virtual Result<FrameSource> source(uint64_t pack) const = 0;
+};
+
+// Pack 0 only: the frames of an image that has them in its own file.
+class OwnFrames : public FrameFiles {
+ public:
+  explicit OwnFrames(const FrameSource& source) : source_(source) {}
+  Result<FrameSource> source(uint64_t pack) const override;
+
+ private:
+  const FrameSource source_;
+};
+
+// The bytes of the page that `entry_bits`, not 0, refers to; its pack number
+// is that of `source`. Reads with one pread(2) if the frame holds one page.
+// Thread-safe; blocks on the disk. ErrorCode::damaged if the entry or the
+// frame is not what it must be.
 Status read_stored_page(const FrameSource& source, uint64_t entry_bits,
+                        std::span<std::byte, page_size> out);
+Status read_stored_page(const FrameFiles& files, uint64_t entry_bits,
                         std::span<std::byte, page_size> out);
 
 }  // namespace vmsnap

@@ -28,7 +28,7 @@ class Window {
     if (offset + length > begin_ + bytes_.size()) {
       bytes_.resize(std::min<uint64_t>(window_size, end - offset));
       begin_ = offset;
-      VMSNAP_CHECK(read_exact_at(file_.fd(), bytes_, begin_, file_.path()));
+      VMSNAP_CHECK(file_.source().read_exact(begin_, bytes_));
     }
     return std::span<const std::byte>(bytes_).subspan(offset - begin_, length);
   }
@@ -62,14 +62,14 @@ Result<FrameWalk> walk_frames(const ImageFile& file, const std::function<void(co
     progress(offset);
     const layout::FrameHeader header =
         header_from(VMSNAP_TRY(window.at(offset, sizeof(layout::FrameHeader))));
-    if (!FrameDecoder::plausible(header)) {
+    if (!FrameDecoder::plausible(header, /*sealed=*/false)) {
       return damaged(path, "there is no page frame at byte {}, where one must be", offset);
     }
     const size_t used = sizeof header + header.stored_length;
     const size_t aligned = layout::align_up(used, layout::frame_alignment);
     const std::span<const std::byte> frame = VMSNAP_TRY(window.at(offset, aligned));
     if (!decoder.intact(header, frame.subspan(sizeof header, header.stored_length),
-                        layout::seed_at(file.image_seed(), offset))) {
+                        {.offset = offset, .seed = file.image_seed()})) {
       found(damage(path, "the checksum of the page frame at byte {} does not match", offset));
     }
     if (std::ranges::any_of(frame.subspan(used), [](std::byte b) { return b != std::byte{0}; })) {
@@ -83,8 +83,8 @@ Result<FrameWalk> walk_frames(const ImageFile& file, const std::function<void(co
   const layout::FrameHeader header =
       header_from(VMSNAP_TRY(window.at(offset, sizeof(layout::FrameHeader))));
   const bool is_mark = header.codec == layout::codec_end && header.last_slot == 0 &&
-                       header.reserved == 0 && header.stored_length == 0;
-  if (!is_mark || !decoder.intact(header, {}, layout::seed_at(file.image_seed(), offset))) {
+                       header.flags == 0 && header.stored_length == 0;
+  if (!is_mark || !decoder.intact(header, {}, {.offset = offset, .seed = file.image_seed()})) {
     return damaged(path, "the end mark of its page frames, at byte {}, is wrong", offset);
   }
   return walk;

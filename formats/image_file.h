@@ -4,12 +4,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "formats/error.h"
-#include "formats/file.h"
 #include "formats/frame_reader.h"
+#include "formats/byte_source.h"
 #include "formats/image_info.h"
 #include "formats/image_layout.h"
 #include "formats/page_tree.h"
@@ -22,22 +23,32 @@ class ImageFile {
   // ErrorCode::unsupported for one that needs a newer vmsnap. Afterwards every
   // section is inside the file and every length in the trailer in its bounds.
   static Result<ImageFile> open(const std::string& path);
+  // The same from bytes that are open: a manifest, which has no frames itself.
+  static Result<ImageFile> open(std::shared_ptr<const ByteSource> source);
 
-  const std::string& path() const { return path_; }
-  int fd() const { return fd_.get(); }
+  const std::string& path() const { return source_->name(); }
+  const ByteSource& source() const { return *source_; }
   const layout::Header& header() const { return header_; }
   const layout::Trailer& trailer() const { return trailer_; }
   uint64_t image_seed() const { return layout::image_seed(header_.id); }
 
-  // Where things are, for what reads them; borrows this object.
-  FrameSource frames() const;
   PageTree::Shape tree_shape() const;
+
+  // The frames in the image's own file. Borrows this object; not for a
+  // manifest, which has none.
+  FrameSource own_frames() const;
 
   // nullptr if the image has none of this type.
   const layout::Section* find_section(layout::SectionType type) const;
 
   // Decompressed and checked; empty if there is none. Thread-safe, blocks.
   Result<std::vector<std::byte>> read_section(layout::SectionType type) const;
+
+  // The rows of the section of packs; empty if it has none.
+  Result<std::vector<layout::PackRow>> read_packs() const;
+
+  // Page numbers, all below the page count; empty if none were recorded.
+  Result<std::vector<uint64_t>> read_working_set() const;
 
   // The metadata section; its id and page count agree with the trailer's.
   Result<ImageInfo> read_info() const;
@@ -50,8 +61,8 @@ class ImageFile {
   Status check_trailer(uint64_t file_length) const;
   Status check_sections() const;
 
-  Fd fd_;
-  std::string path_;
+  std::shared_ptr<const ByteSource> source_;
+  int frames_fd_ = -1;  // the source's, if it is a plain file
   layout::Header header_ = {};
   layout::Trailer trailer_ = {};
 };

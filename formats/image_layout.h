@@ -58,14 +58,19 @@ inline constexpr size_t max_frame_pages = 16;
 struct FrameHeader {
   uint16_t codec = 0;
   uint8_t last_slot = 0;       // pages in the frame, minus one: 0..15
-  uint8_t reserved = 0;        // must be zero
-  uint32_t stored_length = 0;  // payload bytes; 1..pages*4096, exactly that if raw; end mark: 0
+  uint8_t flags = 0;           // frame_sealed; the other bits must be zero
+  uint32_t stored_length = 0;  // payload bytes; 1..pages*4096, exactly that if raw; end mark: 0;
+                               // sealed: and a tag of seal_tag_bytes
   uint64_t checksum = 0;       // of the 8 bytes before it and the payload, seed_at(offset of frame)
 };
 static_assert(sizeof(FrameHeader) == 16);
 
+// In packs of a sealed store only: the payload is encrypted and ends with its tag.
+inline constexpr uint8_t frame_sealed = 1;
+inline constexpr size_t seal_tag_bytes = 16;  // seal_tag_size of seal.h
+
 inline constexpr size_t max_frame_bytes(size_t pages) {
-  return sizeof(FrameHeader) + pages * page_size;
+  return sizeof(FrameHeader) + pages * page_size + seal_tag_bytes;
 }
 
 // ---- Page tree: blocks of 4096 bytes. Level 1 blocks are leaves.
@@ -100,11 +105,30 @@ inline constexpr uint32_t tree_depth(uint64_t page_count) {
 
 // ---- Sections and trailer.
 
-enum class SectionType : uint32_t { none = 0, device_state = 1, metadata = 2 };
+enum class SectionType : uint32_t {
+  none = 0,
+  device_state = 1,
+  metadata = 2,
+  packs = 3,        // the files that page entries refer to: a snapshot in a store
+  working_set = 4,  // pages in the order in which the guest first wrote them
+};
 
 inline constexpr uint16_t section_must_understand = 1;  // flag; the other bits must be zero
 inline constexpr uint64_t max_device_state = 256 << 20;
 inline constexpr uint64_t max_metadata = 16 << 20;
+inline constexpr uint64_t max_pack_number = 65535;
+
+// One row of the section of packs; row k is for the pack number k + 1.
+struct PackRow {
+  ImageId id;
+  uint64_t frames_end;           // of the pack file: no frame reaches past this byte
+  uint64_t referenced;           // bytes of frames that this snapshot needs, at most
+  std::array<uint8_t, 32> digest;  // BLAKE2b-256 of the pack's trailer block
+};
+static_assert(sizeof(PackRow) == 64);
+
+inline constexpr uint64_t max_packs_section = max_pack_number * sizeof(PackRow);
+inline constexpr uint64_t max_working_set = 8 << 20;  // bytes, 8 a page
 
 // An unused slot is all zero.
 struct Section {

@@ -9,6 +9,7 @@ namespace vmsnap {
 
 struct ImageReader::State {
   ImageFile file;
+  std::unique_ptr<FrameFiles> frames;
   PageTree tree;
   ImageInfo info;
   ImageSummary summary;
@@ -25,6 +26,16 @@ ImageReader::~ImageReader() = default;
 
 Result<std::unique_ptr<ImageReader>> ImageReader::open(const std::string& path) {
   ImageFile file = VMSNAP_TRY(ImageFile::open(path));
+  if (file.find_section(layout::SectionType::packs)) {
+    return tl::unexpected(Error(ErrorCode::usage, path + " is a snapshot in a store, not an image")
+                              .with_remedy("Give --store DIR and the snapshot's id."));
+  }
+  auto frames = std::make_unique<OwnFrames>(file.own_frames());
+  return open(std::move(file), std::move(frames));
+}
+
+Result<std::unique_ptr<ImageReader>> ImageReader::open(ImageFile file,
+                                                       std::unique_ptr<FrameFiles> frames) {
   ImageInfo info = VMSNAP_TRY(file.read_info());
   const layout::Trailer& trailer = file.trailer();
   const layout::Section* state_section = file.find_section(layout::SectionType::device_state);
@@ -37,10 +48,11 @@ Result<std::unique_ptr<ImageReader>> ImageReader::open(const std::string& path) 
       .stored_pages = trailer.stored_pages,
       .device_state_bytes = state_section ? state_section->raw_length : 0,
   };
-  const int fd = file.fd();
+  const ByteSource& source = file.source();  // stays where it is when the file is moved
   const PageTree::Shape shape = file.tree_shape();
   std::unique_ptr<State> state(new State{.file = std::move(file),
-                                         .tree = PageTree(fd, path, shape),
+                                         .frames = std::move(frames),
+                                         .tree = PageTree(source, shape),
                                          .info = std::move(info),
                                          .summary = summary});
   return std::unique_ptr<ImageReader>(new ImageReader(std::move(state)));
@@ -57,7 +69,7 @@ Result<PageKind> ImageReader::read_page(uint64_t page, std::span<std::byte, page
     std::ranges::fill(out, std::byte{0});
     return PageKind::zero;
   }
-  VMSNAP_CHECK(read_stored_page(state_->file.frames(), entry, out));
+  VMSNAP_CHECK(read_stored_page(*state_->frames, entry, out));
   return PageKind::data;
 }
 
@@ -68,6 +80,15 @@ Result<PageKind> ImageReader::page_kind(uint64_t page) const {
 
 Result<uint64_t> ImageReader::next_data_page(uint64_t page) const {
   return state_->tree.next_data_page(page);
+}
+
+Result<uint64_t> ImageReader::entry(uint64_t page) const {
+  VMSNAP_CHECK(state_->check_page(page));
+  return state_->tree.entry(page);
+}
+
+Result<std::vector<uint64_t>> ImageReader::working_set() const {
+  return state_->file.read_working_set();
 }
 
 Result<std::vector<std::byte>> ImageReader::device_state() const {

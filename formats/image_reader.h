@@ -16,6 +16,8 @@
 #include <vector>
 
 #include "formats/error.h"
+#include "formats/frame_reader.h"
+#include "formats/image_file.h"
 #include "formats/image_info.h"
 
 namespace vmsnap {
@@ -36,7 +38,11 @@ class ImageReader {
  public:
   // ErrorCode::damaged for what is not a whole image of ours,
   // ErrorCode::unsupported for a newer format version.
+  // ErrorCode::usage for a snapshot of a store, which needs its packs.
   static Result<std::unique_ptr<ImageReader>> open(const std::string& path);
+  // A snapshot of a store; `frames` finds its packs.
+  static Result<std::unique_ptr<ImageReader>> open(ImageFile file,
+                                                   std::unique_ptr<FrameFiles> frames);
   ~ImageReader();
 
   const ImageInfo& info() const;
@@ -55,6 +61,14 @@ class ImageReader {
   // The first page >= `page` that is not zero, or page_count() if none is.
   // Skips untouched gigabytes in O(tree blocks skipped). Thread-safe.
   Result<uint64_t> next_data_page(uint64_t page) const;
+
+  // The page entry as it is in the page tree: 0 for a zero page. Equal entries
+  // are equal pages. Thread-safe.
+  Result<uint64_t> entry(uint64_t page) const;
+
+  // Pages in the order in which the guest first wrote them after the instant,
+  // as far as it was recorded.
+  Result<std::vector<uint64_t>> working_set() const;
 
   // Device state as the VM gave it; empty for a process.
   Result<std::vector<std::byte>> device_state() const;

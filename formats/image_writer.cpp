@@ -1,34 +1,18 @@
 #include "formats/image_writer.h"
 
-#include <sys/random.h>
-#include <zstd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <utility>
 
 #include "formats/append_file.h"
-#include "formats/checksum.h"
 #include "formats/file.h"
+#include "formats/file_sink.h"
 #include "formats/image_file.h"
-#include "formats/metadata.h"
 #include "formats/page_array.h"
+#include "formats/page_codec.h"
 #include "formats/page_store.h"
 #include "formats/test_point.h"
 
 namespace vmsnap {
-
-namespace {
-
-// Fills in the checksum of a block that ends with it, and returns its bytes.
-template <class Block>
-std::span<const std::byte> sealed(Block& block) {
-  const auto bytes = std::as_bytes(std::span(&block, 1));
-  block.checksum = checksum(bytes.first(offsetof(Block, checksum)), 0);
-  return bytes;
-}
-
-}  // namespace
 
 struct ImageWriter::Encoder::State {
   PageStore::Scratch scratch;
@@ -40,56 +24,69 @@ ImageWriter::Encoder::~Encoder() = default;
 ImageWriter::Encoder::Encoder(Encoder&&) noexcept = default;
 
 struct ImageWriter::State {
-  struct AtomicCounts {
-    std::atomic<uint64_t> duplicate = 0;
-    std::atomic<uint64_t> stored = 0;
-  };
-
-  int fd = -1;
   std::string name;
   uint64_t page_count = 0;
   int compression_level = 1;
   layout::ImageId id = {};
+  int fd = -1;                            // one file for all ...
+  std::unique_ptr<FrameSink> own_frames;
+  ByteSink* manifest = nullptr;           // ... or one for all but the frames
+  FrameSink* frames = nullptr;
   std::unique_ptr<PageStore> store;
   PageArray pages;
-  AtomicCounts counts;
+  std::atomic<uint64_t> duplicate_pages = 0;
+  std::atomic<uint64_t> stored_pages = 0;
 
-  uint64_t image_seed() const { return layout::image_seed(id); }
-
-  Status write_header() const {
-    layout::Header header = {};
-    header.magic = layout::header_magic;
-    header.version = layout::format_version;
-    header.id = id;
-    return write_all_at(fd, sealed(header), 0, name);
-  }
-
-  Result<layout::Section> append_section(AppendFile& file, layout::SectionType type,
-                                         std::span<const std::byte> raw, uint16_t codec) const;
+  static Result<std::unique_ptr<State>> create(std::string name, uint64_t page_count);
+  Status prepare(KnownPages* known, ImageWriterOptions options);
+  uint64_t seed() const { return layout::image_seed(id); }
 };
 
 ImageWriter::ImageWriter(std::unique_ptr<State> state) : state_(std::move(state)) {}
 ImageWriter::~ImageWriter() = default;
 
-Result<std::unique_ptr<ImageWriter>> ImageWriter::create(int fd, std::string name,
-                                                         uint64_t page_count,
-                                                         ImageWriterOptions options) {
+Result<std::unique_ptr<ImageWriter::State>> ImageWriter::State::create(std::string name,
+                                                                       uint64_t page_count) {
   if (page_count > layout::max_page_count) {
     return fail(ErrorCode::refused, "cannot write {}: an image holds at most 8 PiB", name);
   }
   auto state = std::make_unique<State>();
-  state->fd = fd;
-  state->name = name;
+  state->name = std::move(name);
   state->page_count = page_count;
-  state->compression_level = options.compression_level;
-  if (::getrandom(state->id.data(), state->id.size(), 0) !=
-      static_cast<ssize_t>(state->id.size())) {
-    return fail_errno(errno, "cannot get random bytes");
-  }
-  state->store =
-      VMSNAP_TRY(PageStore::create(fd, std::move(name), state->image_seed(), std::move(options)));
-  state->pages = VMSNAP_TRY(PageArray::create(page_count));
-  VMSNAP_CHECK(state->write_header());
+  state->id = VMSNAP_TRY(random_id());
+  return state;
+}
+
+Status ImageWriter::State::prepare(KnownPages* known, ImageWriterOptions options) {
+  compression_level = options.compression_level;
+  store = VMSNAP_TRY(PageStore::create(*frames, known, name, std::move(options)));
+  pages = VMSNAP_TRY(PageArray::create(page_count));
+  return {};
+}
+
+Result<std::unique_ptr<ImageWriter>> ImageWriter::create(int fd, std::string name,
+                                                         uint64_t page_count,
+                                                         ImageWriterOptions options) {
+  auto state = VMSNAP_TRY(State::create(std::move(name), page_count));
+  state->fd = fd;
+  state->own_frames = std::make_unique<FileSink>(fd, state->name, state->seed());
+  state->frames = state->own_frames.get();
+  VMSNAP_CHECK(state->prepare(nullptr, std::move(options)));
+  const layout::Header header = make_header(state->id);
+  VMSNAP_CHECK(write_all_at(fd, std::as_bytes(std::span(&header, 1)), 0, state->name));
+  return std::unique_ptr<ImageWriter>(new ImageWriter(std::move(state)));
+}
+
+Result<std::unique_ptr<ImageWriter>> ImageWriter::create_manifest(ByteSink& manifest,
+                                                                  FrameSink& frames,
+                                                                  KnownPages* known,
+                                                                  std::string name,
+                                                                  uint64_t page_count,
+                                                                  ImageWriterOptions options) {
+  auto state = VMSNAP_TRY(State::create(std::move(name), page_count));
+  state->manifest = &manifest;
+  state->frames = &frames;
+  VMSNAP_CHECK(state->prepare(known, std::move(options)));
   return std::unique_ptr<ImageWriter>(new ImageWriter(std::move(state)));
 }
 
@@ -108,8 +105,9 @@ Result<PageCounts> ImageWriter::write_pages(Encoder& encoder, std::span<const ui
   while (!numbers.empty()) {
     const size_t count = std::min(numbers.size(), PageStore::max_batch);
     entries.resize(count);
-    const PageCounts counts = VMSNAP_TRY(
-        state.store->store(encoder.state_->scratch, data.first(count * page_size), entries));
+    const PageCounts counts =
+        VMSNAP_TRY(state.store->store(encoder.state_->scratch, numbers.first(count),
+                                      data.first(count * page_size), entries));
     for (size_t k = 0; k < count; ++k) state.pages.set(numbers[k], entries[k]);
     total.zero += counts.zero;
     total.duplicate += counts.duplicate;
@@ -117,75 +115,37 @@ Result<PageCounts> ImageWriter::write_pages(Encoder& encoder, std::span<const ui
     numbers = numbers.subspan(count);
     data = data.subspan(count * page_size);
   }
-  state.counts.duplicate += total.duplicate;
-  state.counts.stored += total.stored;
+  state.duplicate_pages += total.duplicate;
+  state.stored_pages += total.stored;
   return total;
 }
 
-Result<layout::Section> ImageWriter::State::append_section(AppendFile& file,
-                                                           layout::SectionType type,
-                                                           std::span<const std::byte> raw,
-                                                           uint16_t codec) const {
-  std::vector<std::byte> compressed;
-  std::span<const std::byte> stored = raw;
-  if (codec == layout::codec_zstd) {
-    compressed.resize(ZSTD_compressBound(raw.size()));
-    const size_t length = ZSTD_compress(compressed.data(), compressed.size(), raw.data(),
-                                        raw.size(), compression_level);
-    if (ZSTD_isError(length)) {
-      return fail(ErrorCode::io, "cannot compress for {}: {}", name, ZSTD_getErrorName(length));
-    }
-    stored = std::span(compressed).first(length);
-  }
-  VMSNAP_CHECK(file.pad_to(layout::frame_alignment));
-  const uint64_t offset = file.offset();
-  VMSNAP_CHECK(file.append(stored));
-  return layout::Section{.type = static_cast<uint32_t>(type),
-                         .codec = codec,
-                         .flags = layout::section_must_understand,
-                         .offset = offset,
-                         .stored_length = stored.size(),
-                         .raw_length = raw.size(),
-                         .checksum = checksum(stored, layout::seed_at(image_seed(), offset))};
-}
-
-Result<uint64_t> ImageWriter::finish(const ImageInfo& info,
-                                     std::span<const std::byte> device_state) {
+Result<uint64_t> ImageWriter::finish(const ImageInfo& info, std::span<const std::byte> device_state,
+                                     std::span<const uint64_t> working_set) {
   State& state = *state_;
-  if (device_state.size() > layout::max_device_state) {
-    return fail(ErrorCode::refused, "cannot write {}: the device state is larger than 256 MiB",
-                state.name);
+  VMSNAP_CHECK(state.store->status());
+  ImageTail tail = {.id = state.id,
+                    .pages = state.pages,
+                    .counts = {.duplicate = state.duplicate_pages, .stored = state.stored_pages},
+                    .page_count = state.page_count,
+                    .frames_end = VMSNAP_TRY(state.frames->close()),
+                    .compression_level = state.compression_level};
+  const std::vector<std::byte> packs = state.frames->packs_section();
+  const ImageSections sections = {
+      .device_state = device_state, .packs = packs, .working_set = working_set};
+  const auto write = [&](ByteSink& file) -> Result<uint64_t> {
+    const uint64_t length = VMSNAP_TRY(write_tail(file, tail, info, sections, state.name));
+    VMSNAP_CHECK(file.finish());
+    VMSNAP_TEST_POINT("commit.written");
+    return length;
+  };
+  if (!state.manifest) {
+    AppendFile file(state.fd, state.name, tail.frames_end);
+    return write(file);
   }
-  ImageInfo named = info;
-  named.id = id();
-  const std::string metadata = VMSNAP_TRY(encode_metadata(named, state.page_count, state.name));
-
-  layout::Trailer trailer = {};
-  trailer.magic = layout::trailer_magic;
-  trailer.version = layout::format_version;
-  trailer.depth = layout::tree_depth(state.page_count);
-  trailer.id = state.id;
-  trailer.page_count = state.page_count;
-  trailer.duplicate_pages = state.counts.duplicate;
-  trailer.stored_pages = state.counts.stored;
-  trailer.zero_pages = state.page_count - trailer.duplicate_pages - trailer.stored_pages;
-  trailer.frames_end = VMSNAP_TRY(state.store->close());
-
-  AppendFile file(state.fd, state.name, trailer.frames_end);
-  trailer.root = VMSNAP_TRY(state.pages.write_tree(file, state.image_seed()));
-  size_t slot = 0;
-  if (!device_state.empty()) {
-    trailer.sections[slot++] = VMSNAP_TRY(state.append_section(
-        file, layout::SectionType::device_state, device_state, layout::codec_zstd));
-  }
-  trailer.sections[slot++] = VMSNAP_TRY(state.append_section(
-      file, layout::SectionType::metadata, std::as_bytes(std::span(metadata)), layout::codec_raw));
-  VMSNAP_CHECK(file.pad_to(layout::block_size));
-  trailer.file_length = file.offset() + sizeof trailer;
-  VMSNAP_CHECK(file.append(sealed(trailer)));
-  VMSNAP_CHECK(file.flush());
-  VMSNAP_TEST_POINT("commit.written");
-  return trailer.file_length;
+  VMSNAP_CHECK(append_empty_frames(*state.manifest, state.id));
+  tail.frames_end = state.manifest->offset();
+  return write(*state.manifest);
 }
 
 }  // namespace vmsnap

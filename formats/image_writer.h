@@ -14,15 +14,13 @@
 #include <string>
 
 #include "formats/error.h"
+#include "formats/byte_sink.h"
+#include "formats/frame_sink.h"
 #include "formats/image_info.h"
+#include "formats/image_tail.h"
+#include "formats/known_pages.h"
 
 namespace vmsnap {
-
-struct PageCounts {
-  uint64_t zero = 0;
-  uint64_t duplicate = 0;
-  uint64_t stored = 0;
-};
 
 struct ImageWriterOptions {
   int compression_level = 1;  // zstd level
@@ -53,6 +51,13 @@ class ImageWriter {
   // is 8 bytes per page of which something is stored, plus the hint table.
   static Result<std::unique_ptr<ImageWriter>> create(int fd, std::string name, uint64_t page_count,
                                                      ImageWriterOptions options = {});
+  // The same, but the frames go to `frames`, whatever `known` has is not
+  // stored again (null: nothing is known), and the rest goes to `manifest`, from
+  // its start on. All are borrowed.
+  static Result<std::unique_ptr<ImageWriter>> create_manifest(ByteSink& manifest, FrameSink& frames,
+                                                              KnownPages* known, std::string name,
+                                                              uint64_t page_count,
+                                                              ImageWriterOptions options = {});
   ~ImageWriter();
 
   // Stores a batch of pages: numbers[k] is the page whose bytes are
@@ -73,9 +78,11 @@ class ImageWriter {
   // Pages never written read back as zero. Called once, after every
   // write_pages() has returned; fails if one of them did. `info` must have
   // regions of page_count pages in all; its id and the regions' first pages
-  // are filled in here. The device state is at most 256 MiB, empty for none.
+  // are filled in here. The device state is at most 256 MiB, empty for none;
+  // the working set is the pages that the guest wrote first, in their order.
   // Returns the size of the file in bytes. Does not fsync.
-  Result<uint64_t> finish(const ImageInfo& info, std::span<const std::byte> device_state);
+  Result<uint64_t> finish(const ImageInfo& info, std::span<const std::byte> device_state,
+                          std::span<const uint64_t> working_set = {});
 
  private:
   struct State;

@@ -25,12 +25,12 @@ void PageArray::set(uint64_t page, uint64_t entry) {
   std::atomic_ref(leaf_used_[leaf]).store(1, std::memory_order_relaxed);
 }
 
-Result<layout::Reference> PageArray::write_tree(AppendFile& file, uint64_t image_seed) const {
+Result<layout::Reference> PageArray::write_tree(ByteSink& file, uint64_t image_seed) const {
   VMSNAP_CHECK(file.pad_to(layout::block_size));
   return write_subtree(file, image_seed, layout::tree_depth(page_count_), 0);
 }
 
-Result<layout::Reference> PageArray::write_subtree(AppendFile& file, uint64_t image_seed,
+Result<layout::Reference> PageArray::write_subtree(ByteSink& file, uint64_t image_seed,
                                                    uint32_t level, uint64_t index) const {
   if (level == 1) {
     if (index >= leaf_used_.size() || !leaf_used_[index]) return layout::Reference{};
@@ -48,7 +48,7 @@ Result<layout::Reference> PageArray::write_subtree(AppendFile& file, uint64_t im
   return write_block(file, image_seed, level, index, std::as_bytes(std::span(block)));
 }
 
-Result<layout::Reference> PageArray::write_block(AppendFile& file, uint64_t image_seed,
+Result<layout::Reference> PageArray::write_block(ByteSink& file, uint64_t image_seed,
                                                  uint32_t level, uint64_t index,
                                                  std::span<const std::byte> block) const {
   const layout::Reference reference = {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <span>
 
-#include "formats/append_file.h"
+#include "formats/byte_sink.h"
 #include "formats/error.h"
 #include "formats/image_layout.h"
 #include "formats/sparse_array.h"
@@ -23,12 +23,12 @@ class PageArray {
   // Appends the tree's blocks in post-order (children by index, then their
   // parent), none for a subtree of zeros. After all set() calls. Returns the
   // reference to the root.
-  Result<layout::Reference> write_tree(AppendFile& file, uint64_t image_seed) const;
+  Result<layout::Reference> write_tree(ByteSink& file, uint64_t image_seed) const;
 
  private:
-  Result<layout::Reference> write_subtree(AppendFile& file, uint64_t image_seed, uint32_t level,
+  Result<layout::Reference> write_subtree(ByteSink& file, uint64_t image_seed, uint32_t level,
                                           uint64_t index) const;
-  Result<layout::Reference> write_block(AppendFile& file, uint64_t image_seed, uint32_t level,
+  Result<layout::Reference> write_block(ByteSink& file, uint64_t image_seed, uint32_t level,
                                         uint64_t index, std::span<const std::byte> block) const;
 
   uint64_t page_count_ = 0;

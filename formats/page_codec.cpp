@@ -2,16 +2,23 @@
 
 #include <cstring>
 
+#include "formats/seal.h"
+
 namespace vmsnap {
 
 namespace {
 
 constexpr size_t checked_header_bytes = offsetof(layout::FrameHeader, checksum);
 
+// What is checked, and authenticated, beside the payload.
+std::span<const std::byte> sealed_along(const layout::FrameHeader& header) {
+  return std::as_bytes(std::span(&header, 1)).first(checked_header_bytes);
+}
+
 uint64_t frame_checksum(StreamChecksum& checksum, const layout::FrameHeader& header,
-                        std::span<const std::byte> payload, uint64_t seed) {
-  checksum.reset(seed);
-  checksum.add(std::as_bytes(std::span(&header, 1)).first(checked_header_bytes));
+                        std::span<const std::byte> payload, const FrameSite& site) {
+  checksum.reset(layout::seed_at(site.seed, site.offset));
+  checksum.add(sealed_along(header));
   checksum.add(payload);
   return checksum.value();
 }
@@ -24,7 +31,8 @@ void FrameEncoder::set_level(int level) {
   ZSTD_CCtx_setParameter(context_.get(), ZSTD_c_compressionLevel, level);
 }
 
-size_t FrameEncoder::encode(std::span<const std::byte, page_size> page, std::span<std::byte> out) {
+size_t FrameEncoder::encode(std::span<const std::byte, page_size> page, bool sealed,
+                            std::span<std::byte> out) {
   std::byte* payload = out.data() + sizeof(layout::FrameHeader);
   layout::FrameHeader header = {.codec = layout::codec_zstd};
   // One byte less than the page: what does not fit is not worth decompressing.
@@ -34,40 +42,60 @@ size_t FrameEncoder::encode(std::span<const std::byte, page_size> page, std::spa
     length = page.size();
     std::memcpy(payload, page.data(), page.size());
   }
-  header.stored_length = static_cast<uint32_t>(length);
+  header.flags = sealed ? layout::frame_sealed : 0;
+  header.stored_length = static_cast<uint32_t>(length + (sealed ? layout::seal_tag_bytes : 0));
   std::memcpy(out.data(), &header, sizeof header);
 
-  const size_t used = sizeof header + length;
-  const size_t aligned = layout::align_up(used, layout::frame_alignment);
-  std::memset(out.data() + used, 0, aligned - used);
+  const size_t aligned =
+      layout::align_up(sizeof header + header.stored_length, layout::frame_alignment);
+  std::memset(payload + length, 0, aligned - sizeof header - length);
   return aligned;
 }
 
-void FrameEncoder::seal(std::span<std::byte> frame, uint64_t seed) {
+void FrameEncoder::finish(std::span<std::byte> frame, const FrameSite& site) {
   layout::FrameHeader header;
   std::memcpy(&header, frame.data(), sizeof header);
-  header.checksum =
-      frame_checksum(checksum_, header, frame.subspan(sizeof header, header.stored_length), seed);
+  const auto payload = frame.subspan(sizeof header, header.stored_length);
+  if (site.key) {
+    seal(*site.key, site.offset, sealed_along(header),
+         payload.first(payload.size() - layout::seal_tag_bytes),
+         payload.last<layout::seal_tag_bytes>());
+  }
+  header.checksum = frame_checksum(checksum_, header, payload, site);
   std::memcpy(frame.data(), &header, sizeof header);
+}
+
+layout::FrameHeader end_mark(const FrameSite& site) {
+  StreamChecksum checksum;
+  layout::FrameHeader mark = {.codec = layout::codec_end};
+  mark.checksum = frame_checksum(checksum, mark, {}, site);
+  return mark;
 }
 
 FrameDecoder::FrameDecoder() : context_(ZSTD_createDCtx(), ZSTD_freeDCtx) {}
 
-bool FrameDecoder::plausible(const layout::FrameHeader& header) {
-  if (header.last_slot >= layout::max_frame_pages || header.reserved != 0) return false;
+bool FrameDecoder::plausible(const layout::FrameHeader& header, bool sealed) {
+  if (header.last_slot >= layout::max_frame_pages) return false;
+  if (header.flags != (sealed ? layout::frame_sealed : 0)) return false;
+  const size_t tag = sealed ? layout::seal_tag_bytes : 0;
   const size_t bytes = pages(header) * page_size;
-  if (header.codec == layout::codec_raw) return header.stored_length == bytes;
-  return header.codec == layout::codec_zstd && header.stored_length > 0 &&
-         header.stored_length <= bytes;
+  if (header.codec == layout::codec_raw) return header.stored_length == bytes + tag;
+  return header.codec == layout::codec_zstd && header.stored_length > tag &&
+         header.stored_length <= bytes + tag;
 }
 
 bool FrameDecoder::intact(const layout::FrameHeader& header, std::span<const std::byte> payload,
-                          uint64_t seed) {
-  return frame_checksum(checksum_, header, payload, seed) == header.checksum;
+                          const FrameSite& site) {
+  return frame_checksum(checksum_, header, payload, site) == header.checksum;
 }
 
-bool FrameDecoder::decode(const layout::FrameHeader& header, std::span<const std::byte> payload,
-                          std::span<std::byte> out) {
+bool FrameDecoder::decode(const layout::FrameHeader& header, std::span<std::byte> payload,
+                          const FrameSite& site, std::span<std::byte> out) {
+  if (site.key) {
+    const auto tag = payload.last<layout::seal_tag_bytes>();
+    payload = payload.first(payload.size() - tag.size());
+    if (!unseal(*site.key, site.offset, sealed_along(header), payload, tag)) return false;
+  }
   if (header.codec == layout::codec_raw) {
     if (payload.size() != out.size()) return false;
     std::memcpy(out.data(), payload.data(), payload.size());

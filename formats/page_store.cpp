@@ -6,8 +6,6 @@
 #include <numeric>
 
 #include "formats/checksum.h"
-#include "formats/file.h"
-#include "formats/frame_reader.h"
 #include "formats/page_entry.h"
 
 namespace vmsnap {
@@ -17,7 +15,7 @@ namespace {
 using Page = std::span<const std::byte, page_size>;
 
 constexpr size_t frame_room = layout::align_up(layout::max_frame_bytes(1), layout::frame_alignment);
-constexpr uint32_t zero_leader = UINT32_MAX;
+constexpr uint32_t settled = UINT32_MAX;  // instead of a leader: the entry is known
 
 Page page_at(std::span<const std::byte> pages, size_t k) {
   return Page(pages.data() + k * page_size, page_size);
@@ -60,40 +58,53 @@ class PageStore::Claims {
   std::vector<std::pair<uint64_t, uint32_t>> claims_;
 };
 
-PageStore::PageStore(int fd, std::string name, uint64_t image_seed, ImageWriterOptions options)
-    : fd_(fd),
-      name_(std::move(name)),
-      image_seed_(image_seed),
-      options_(std::move(options)),
-      end_(layout::frames_begin) {}
+PageStore::PageStore(FrameSink& sink, KnownPages* known, std::string name,
+                     ImageWriterOptions options)
+    : sink_(sink), known_(known), name_(std::move(name)), options_(std::move(options)) {}
 
-Result<std::unique_ptr<PageStore>> PageStore::create(int fd, std::string name, uint64_t image_seed,
-                                                     ImageWriterOptions options) {
+Result<std::unique_ptr<PageStore>> PageStore::create(FrameSink& sink, KnownPages* known,
+                                                     std::string name, ImageWriterOptions options) {
   if (!options.hash) options.hash = [](auto bytes) { return checksum(bytes, 0); };
   std::unique_ptr<PageStore> store(
-      new PageStore(fd, std::move(name), image_seed, std::move(options)));
+      new PageStore(sink, known, std::move(name), std::move(options)));
   store->hints_ = VMSNAP_TRY(HintTable::create(store->options_.hint_entries));
   return store;
 }
 
-Result<PageCounts> PageStore::store(Scratch& scratch, std::span<const std::byte> pages,
-                                    std::span<uint64_t> entries) {
-  auto counts = store_batch(scratch, pages, entries);
+Result<PageCounts> PageStore::store(Scratch& scratch, std::span<const uint64_t> numbers,
+                                    std::span<const std::byte> pages, std::span<uint64_t> entries) {
+  auto counts = store_batch(scratch, numbers, pages, entries);
   if (!counts) failed_ = true;
   return counts;
 }
 
-Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const std::byte> pages,
+Status PageStore::status() const {
+  if (failed_) return fail(ErrorCode::io, "{} is incomplete: an earlier write failed", name_);
+  return {};
+}
+
+bool PageStore::may_share(uint64_t number, uint64_t entry) const {
+  return !known_ || known_->may_share(number, entry);
+}
+
+Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const uint64_t> numbers,
+                                          std::span<const std::byte> pages,
                                           std::span<uint64_t> entries) {
   const size_t count = entries.size();
   scratch.hashes.resize(count);
   scratch.leaders.resize(count);
   scratch.by_hash.clear();
+  PageCounts counts;
   for (uint32_t k = 0; k < count; ++k) {
-    scratch.leaders[k] = zero_leader;
-    if (is_zero(page_at(pages, k))) continue;
-    scratch.hashes[k] = options_.hash(page_at(pages, k));
-    scratch.by_hash.emplace_back(scratch.hashes[k], k);
+    const Page page = page_at(pages, k);
+    scratch.leaders[k] = settled;
+    entries[k] = 0;
+    if (is_zero(page)) {
+      ++counts.zero;
+    } else if (entries[k] = known_ ? known_->same_place(numbers[k], page) : 0; entries[k] == 0) {
+      scratch.hashes[k] = options_.hash(page);
+      scratch.by_hash.emplace_back(scratch.hashes[k], k);
+    }
   }
   find_leaders(scratch, pages);
 
@@ -101,7 +112,6 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const std:
   for (uint32_t k = 0; k < count; ++k) {
     if (scratch.leaders[k] == k) scratch.pending.push_back(k);
   }
-  PageCounts counts = {.zero = count - scratch.by_hash.size()};
   const HintTable::Owner owner = next_owner_.fetch_add(1, std::memory_order_relaxed);
   Claims claims(*hints_, owner);
   while (!scratch.pending.empty()) {
@@ -109,10 +119,14 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const std:
     scratch.waiting.clear();
     for (const uint32_t k : scratch.pending) {
       const uint64_t hash = scratch.hashes[k];
-      switch (VMSNAP_TRY(look_up(hash, owner, page_at(pages, k), entries[k]))) {
+      switch (VMSNAP_TRY(look_up(hash, owner, numbers[k], page_at(pages, k), entries[k]))) {
         case HintTable::Answer::compare: break;  // equal: entries[k] is set
         case HintTable::Answer::wait: scratch.waiting.push_back(k); break;
-        case HintTable::Answer::claimed: claims.add(hash, k); [[fallthrough]];
+        case HintTable::Answer::claimed:
+          claims.add(hash, k);
+          if (known_) entries[k] = known_->same_content(hash, numbers[k], page_at(pages, k));
+          if (entries[k] == 0) scratch.to_store.push_back(k);
+          break;
         case HintTable::Answer::unlisted: scratch.to_store.push_back(k); break;
       }
     }
@@ -124,9 +138,15 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const std:
     std::swap(scratch.pending, scratch.waiting);
   }
 
+  scratch.to_store.clear();
   for (uint32_t k = 0; k < count; ++k) {
-    entries[k] = scratch.leaders[k] == zero_leader ? 0 : entries[scratch.leaders[k]];
+    const uint32_t leader = scratch.leaders[k];
+    if (leader == settled || leader == k) continue;
+    entries[k] = entries[leader];
+    if (!may_share(numbers[k], entries[k])) scratch.to_store.push_back(k);
   }
+  VMSNAP_CHECK(write_frames(scratch, pages, entries));
+  counts.stored += scratch.to_store.size();
   counts.duplicate = count - counts.zero - counts.stored;
   return counts;
 }
@@ -150,19 +170,20 @@ void PageStore::find_leaders(Scratch& scratch, std::span<const std::byte> pages)
 }
 
 // As HintTable::ask(), but `compare` means: compared, equal, `entry` is set.
-Result<HintTable::Answer> PageStore::look_up(uint64_t hash, HintTable::Owner owner, Page page,
-                                             uint64_t& entry) {
+Result<HintTable::Answer> PageStore::look_up(uint64_t hash, HintTable::Owner owner, uint64_t number,
+                                             Page page, uint64_t& entry) {
   std::array<std::byte, page_size> stored;
   std::vector<uint64_t> rejected;
   for (;;) {
     uint64_t candidate = 0;
     const HintTable::Answer answer = hints_->ask(hash, owner, rejected, candidate);
     if (answer != HintTable::Answer::compare) return answer;
-    const FrameSource source = {fd_, name_, image_seed_, end_.load(std::memory_order_relaxed)};
-    VMSNAP_CHECK(read_stored_page(source, candidate, stored));
-    if (same_bytes(page, stored)) {
-      entry = candidate;
-      return answer;
+    if (may_share(number, candidate)) {
+      VMSNAP_CHECK(sink_.read(candidate, stored));
+      if (same_bytes(page, stored)) {
+        entry = candidate;
+        return answer;
+      }
     }
     rejected.push_back(candidate);
   }
@@ -172,36 +193,25 @@ Status PageStore::write_frames(Scratch& scratch, std::span<const std::byte> page
                                std::span<uint64_t> entries) {
   if (scratch.to_store.empty()) return {};
   scratch.frames.resize(max_batch * frame_room);
+  scratch.notes.clear();
   scratch.encoder.set_level(options_.compression_level);
+  const bool sealed = sink_.sealed();
   const std::span<std::byte> frames(scratch.frames);
   uint64_t used = 0;
   for (const uint32_t k : scratch.to_store) {
     entries[k] = used;  // until the place of the batch is known
-    used += scratch.encoder.encode(page_at(pages, k), frames.subspan(used));
+    used += scratch.encoder.encode(page_at(pages, k), sealed, frames.subspan(used));
   }
 
-  const uint64_t base = end_.fetch_add(used, std::memory_order_relaxed);
-  if (base + used > layout::max_file_length) {
-    return fail_errno(EFBIG, "cannot write {}: an image ends at 8 TiB", name_);
-  }
+  const FramePlace place = VMSNAP_TRY(sink_.reserve(used));
   for (const uint32_t k : scratch.to_store) {
     const uint64_t start = entries[k];
-    const PageEntry entry = {.offset = base + start};
-    scratch.encoder.seal(frames.subspan(start), layout::seed_at(image_seed_, entry.offset));
+    const PageEntry entry = {.pack = place.pack, .offset = place.offset + start};
+    scratch.encoder.finish(frames.subspan(start), {entry.offset, place.seed, place.key});
+    scratch.notes.push_back({scratch.hashes[k], entry.offset});
     entries[k] = entry.pack_bits();
   }
-  return write_all_at(fd_, frames.first(used), base, name_);
-}
-
-Result<uint64_t> PageStore::close() {
-  if (failed_) return fail(ErrorCode::io, "{} is incomplete: an earlier write failed", name_);
-  const uint64_t offset = end_;
-  layout::FrameHeader mark = {};
-  mark.codec = layout::codec_end;
-  const auto bytes = std::as_writable_bytes(std::span(&mark, 1));
-  FrameEncoder().seal(bytes, layout::seed_at(image_seed_, offset));
-  VMSNAP_CHECK(write_all_at(fd_, bytes, offset, name_));
-  return offset + sizeof mark;
+  return sink_.write(place, frames.first(used), scratch.notes);
 }
 
 }  // namespace vmsnap

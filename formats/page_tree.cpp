@@ -6,7 +6,6 @@
 
 #include "formats/checksum.h"
 #include "formats/damage.h"
-#include "formats/file.h"
 
 namespace vmsnap {
 
@@ -52,8 +51,8 @@ struct PageTree::Cache {
   }
 };
 
-PageTree::PageTree(int fd, std::string name, const Shape& shape)
-    : fd_(fd), name_(std::move(name)), shape_(shape), cache_(std::make_unique<Cache>()) {}
+PageTree::PageTree(const ByteSource& source, const Shape& shape)
+    : source_(source), shape_(shape), cache_(std::make_unique<Cache>()) {}
 
 PageTree::~PageTree() = default;
 
@@ -117,13 +116,13 @@ Result<PageTree::BlockPointer> PageTree::read(uint32_t level, uint64_t index,
                                               layout::Reference reference) const {
   if (reference.offset % layout::block_size != 0 || reference.offset < shape_.begin ||
       reference.offset >= shape_.end || shape_.end - reference.offset < layout::block_size) {
-    return damaged(name_, "no page-tree block can be at byte {}", reference.offset);
+    return damaged(source_.name(), "no page-tree block can be at byte {}", reference.offset);
   }
   const auto block = std::make_shared<Block>();
-  VMSNAP_CHECK(read_exact_at(fd_, block->bytes(), reference.offset, name_));
+  VMSNAP_CHECK(source_.read_exact(reference.offset, block->bytes()));
   if (checksum(block->bytes(), layout::seed_of_block(shape_.image_seed, level, index)) !=
       reference.checksum) {
-    return damaged(name_, "the checksum of the page-tree block at byte {} does not match",
+    return damaged(source_.name(), "the checksum of the page-tree block at byte {} does not match",
                    reference.offset);
   }
   VMSNAP_CHECK(check_contents(level, index, *block));
@@ -143,7 +142,7 @@ Status PageTree::check_contents(uint32_t level, uint64_t index, const Block& blo
                    : block.reference(slot).offset == 0 && block.reference(slot).checksum == 0;
     const bool half_zero = level > 1 && !zero && block.reference(slot).offset == 0;
     if (half_zero || (!zero && slot >= used)) {
-      return damaged(name_, "page-tree block {} of level {} uses reserved bytes", index, level);
+      return damaged(source_.name(), "page-tree block {} of level {} uses reserved bytes", index, level);
     }
   }
   return {};

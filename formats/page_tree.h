@@ -10,8 +10,8 @@
 #include <memory>
 #include <mutex>
 #include <span>
-#include <string>
 
+#include "formats/byte_source.h"
 #include "formats/error.h"
 #include "formats/image_layout.h"
 
@@ -41,8 +41,8 @@ class PageTree {
   };
   using BlockPointer = std::shared_ptr<const Block>;
 
-  // `fd` is borrowed; `name` is for errors.
-  PageTree(int fd, std::string name, const Shape& shape);
+  // The source is borrowed.
+  PageTree(const ByteSource& source, const Shape& shape);
   ~PageTree();
 
   // All of these: any number of threads; block on the disk; ErrorCode::damaged
@@ -68,8 +68,7 @@ class PageTree {
   Result<uint64_t> next_in(uint32_t level, uint64_t index, layout::Reference reference,
                            uint64_t page) const;
 
-  const int fd_;
-  const std::string name_;
+  const ByteSource& source_;
   const Shape shape_;
   const std::unique_ptr<Cache> cache_;
 };

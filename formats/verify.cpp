@@ -19,11 +19,13 @@ constexpr size_t chunk_size = 1 << 20;
 
 class Verifier {
  public:
-  Verifier(const ImageFile& file, const ImageInfo& info, const VerifyProgress& progress)
+  Verifier(const ImageFile& file, const ImageInfo& info, const FrameFiles& frames,
+           const VerifyProgress& progress)
       : file_(file),
         info_(info),
         progress_(progress),
-        tree_(file.fd(), file.path(), file.tree_shape()),
+        frames_(frames),
+        tree_(file.source(), file.tree_shape()),
         next_block_(tree_.shape().begin) {
     report_.path = file.path();
     report_.page_count = file.trailer().page_count;
@@ -64,6 +66,7 @@ class Verifier {
   const ImageFile& file_;
   const ImageInfo& info_;
   const VerifyProgress& progress_;
+  const FrameFiles& frames_;
   const PageTree tree_;
   VerifyReport report_;
   uint64_t next_block_;  // where post-order puts the next tree block
@@ -137,7 +140,7 @@ void Verifier::check_leaf(uint64_t first_page, const PageTree::Block& block) {
       continue;
     }
     if (entry != last_entry_) {
-      const Status read = read_stored_page(file_.frames(), entry, bytes);
+      const Status read = read_stored_page(frames_, entry, bytes);
       if (!read) {
         damaged_pages(first_page + slot, 1, read.error());
         continue;
@@ -163,7 +166,7 @@ Status Verifier::check_section(const layout::Section& section) {
   std::vector<std::byte> chunk;
   for (uint64_t done = 0; done < section.stored_length; done += chunk.size()) {
     chunk.resize(std::min<uint64_t>(chunk_size, section.stored_length - done));
-    VMSNAP_CHECK(read_exact_at(file_.fd(), chunk, section.offset + done, file_.path()));
+    VMSNAP_CHECK(file_.source().read_exact(section.offset + done, chunk));
     sum.add(chunk);
   }
   if (sum.value() == section.checksum) return {};
@@ -200,7 +203,7 @@ void Verifier::check_padding() {
 Status Verifier::check_zeros(uint64_t begin, uint64_t end) {
   std::array<std::byte, layout::block_size> buffer;
   const auto bytes = std::span(buffer).first(end - begin);
-  VMSNAP_CHECK(read_exact_at(file_.fd(), bytes, begin, file_.path()));
+  VMSNAP_CHECK(file_.source().read_exact(begin, bytes));
   if (std::ranges::all_of(bytes, [](std::byte b) { return b == std::byte{0}; })) return {};
   return damaged(file_.path(), "the padding at byte {} is not zero", begin);
 }
@@ -268,7 +271,8 @@ Status VerifyReport::status() const {
 Result<VerifyReport> verify_image(const std::string& path, const VerifyProgress& progress) {
   const ImageFile file = VMSNAP_TRY(ImageFile::open(path));
   const ImageInfo info = VMSNAP_TRY(file.read_info());
-  return Verifier(file, info, progress).run();
+  const OwnFrames frames(file.own_frames());
+  return Verifier(file, info, frames, progress).run();
 }
 
 }  // namespace vmsnap

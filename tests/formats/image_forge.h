@@ -100,7 +100,7 @@ class ImageForge {
     if (!inside(offset, sizeof(layout::FrameHeader))) return;
     const auto header = get<layout::FrameHeader>(offset);
     if (!inside(offset, sizeof header + uint64_t{header.stored_length})) return;
-    FrameEncoder().seal(image_.subspan(offset), layout::seed_at(seed_, offset));
+    FrameEncoder().finish(image_.subspan(offset), {.offset = offset, .seed = seed_});
   }
 
   std::span<std::byte> image_;
