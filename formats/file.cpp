@@ -116,21 +116,25 @@ bool lock_whole_file(int fd) {
   return ::fcntl(fd, F_OFD_SETLK, &lock) == 0;
 }
 
-// Whether `name` is one that create() makes, and not a file of the user's.
-bool is_temporary_name(const std::string& name, const std::string& prefix) {
-  return name.size() == prefix.size() + random_digits && name.starts_with(prefix) &&
-         name.find_first_not_of("0123456789abcdef", prefix.size()) == std::string::npos;
+// Whether `name` is one that create() makes for a file called `of`, or for any
+// file if that is empty, and not a file of the user's.
+bool is_temporary_name(const std::string& name, const std::string& of) {
+  constexpr std::string_view mark = ".vmsnap-";
+  if (name.size() <= mark.size() + random_digits || name.front() != '.') return false;
+  const size_t mark_at = name.size() - random_digits - mark.size();
+  return name.compare(mark_at, mark.size(), mark) == 0 &&
+         name.find_first_not_of("0123456789abcdef", mark_at + mark.size()) == std::string::npos &&
+         (of.empty() || name.compare(1, mark_at - 1, of) == 0);
 }
 
-// Removes what killed writers of the same path left. A file whose lock can be
-// had has no living writer; one that cannot be looked at is left alone.
-void remove_abandoned(const std::string& path) {
+// A file whose lock can be had has no living writer; one that cannot be looked
+// at is left alone.
+void remove_abandoned(const std::string& directory, const std::string& of) {
   std::error_code error;
-  const std::string prefix = temporary_prefix(path);
-  fs::directory_iterator entry(directory_of(path), error);
+  fs::directory_iterator entry(directory, error);
   for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
     const fs::path& found = entry->path();
-    if (!is_temporary_name(found.filename().string(), prefix)) continue;
+    if (!is_temporary_name(found.filename().string(), of)) continue;
     const Fd fd(::open(found.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
     if (fd && lock_whole_file(fd.get())) ::unlink(found.c_str());
   }
@@ -168,10 +172,16 @@ Status sync_directory_of(const std::string& path) {
   return {};
 }
 
+void remove_abandoned(const std::string& directory) { remove_abandoned(directory, {}); }
+
 Result<AtomicFile> AtomicFile::create(const std::string& path, bool replace) {
   VMSNAP_CHECK(check_target(path, replace));
-  remove_abandoned(path);
+  remove_abandoned(directory_of(path), fs::path(path).filename().string());
+  return create_in(directory_of(path), path, replace);
+}
 
+Result<AtomicFile> AtomicFile::create_in(const std::string& directory, const std::string& path,
+                                         bool replace) {
   AtomicFile file;
   file.path_ = path;
   file.replace_ = replace;
@@ -180,8 +190,8 @@ Result<AtomicFile> AtomicFile::create(const std::string& path, bool replace) {
     if (::getrandom(&random, sizeof random, 0) != sizeof random) {
       return fail_errno(errno, "cannot get random bytes");
     }
-    const std::string temporary = fmt::format("{}/{}{:0{}x}", directory_of(path),
-                                              temporary_prefix(path), random, random_digits);
+    const std::string temporary = fmt::format("{}/{}{:0{}x}", directory, temporary_prefix(path),
+                                              random, random_digits);
     file.fd_ = VMSNAP_TRY(open_file(temporary, O_RDWR | O_CREAT | O_EXCL));
     file.temporary_path_ = temporary;
     const bool locked = lock_whole_file(file.fd_.get());
@@ -204,9 +214,12 @@ AtomicFile& AtomicFile::operator=(AtomicFile&& other) noexcept {
   return *this;
 }
 
-Status AtomicFile::commit() {
+Status AtomicFile::sync() {
   if (::fsync(fd_.get()) < 0) return fail_errno(errno, "cannot sync {}", path_);
-  VMSNAP_TEST_POINT("commit.synced");
+  return {};
+}
+
+Status AtomicFile::publish() {
   const char* from = temporary_path_.c_str();
   int renamed =
       ::renameat2(AT_FDCWD, from, AT_FDCWD, path_.c_str(), replace_ ? 0 : RENAME_NOREPLACE);
@@ -218,6 +231,13 @@ Status AtomicFile::commit() {
   if (renamed < 0 && errno == EEXIST) return exists_already(path_);
   if (renamed < 0) return fail_errno(errno, "cannot rename {} to {}", temporary_path_, path_);
   temporary_path_.clear();
+  return {};
+}
+
+Status AtomicFile::commit() {
+  VMSNAP_CHECK(sync());
+  VMSNAP_TEST_POINT("commit.synced");
+  VMSNAP_CHECK(publish());
   VMSNAP_TEST_POINT("commit.renamed");
   return sync_directory_of(path_);
 }

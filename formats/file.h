@@ -60,6 +60,9 @@ Status write_small_file(const std::string& path, std::string_view contents, mode
 // fsync of the directory that holds `path`: makes a rename there durable.
 Status sync_directory_of(const std::string& path);
 
+// Removes the hidden files in `directory` whose writers were killed.
+void remove_abandoned(const std::string& directory);
+
 // An output file that exists whole under its final name or not at all.
 //
 // The bytes go to a hidden file in the same directory, held by a kernel lock
@@ -72,6 +75,10 @@ class AtomicFile {
   // ErrorCode::exists if `path` is there and `replace` is false, now and again
   // at commit (no other writer's file is ever overwritten).
   static Result<AtomicFile> create(const std::string& path, bool replace);
+  // The same with the hidden file in another directory of the same file
+  // system, from which remove_abandoned() clears what killed writers left.
+  static Result<AtomicFile> create_in(const std::string& directory, const std::string& path,
+                                      bool replace);
 
   AtomicFile(AtomicFile&&) = default;
   AtomicFile& operator=(AtomicFile&& other) noexcept;
@@ -82,6 +89,11 @@ class AtomicFile {
 
   Status commit();
   void discard();
+
+  // The three parts of commit(), for files that are committed together: fsync;
+  // rename; and sync_directory_of(path()) by the caller.
+  Status sync();
+  Status publish();
 
  private:
   AtomicFile() = default;

@@ -1,0 +1,35 @@
+// Where things are in a store's directory.
+#pragma once
+
+#include <string>
+
+#include "formats/error.h"
+#include "formats/image_layout.h"
+
+namespace vmsnap {
+
+struct StorePaths {
+  std::string root;
+
+  std::string config() const { return root + "/store.json"; }
+  std::string lock() const { return root + "/lock"; }
+  std::string snapshots() const { return root + "/snapshots"; }
+  std::string trash() const { return root + "/trash"; }
+  std::string packs() const { return root + "/packs"; }
+  std::string condemned() const { return root + "/condemned"; }
+  std::string quarantine() const { return root + "/quarantine"; }
+  std::string index() const { return root + "/index"; }
+  std::string verified() const { return root + "/verified.json"; }
+
+  std::string snapshot(const std::string& id) const { return snapshots() + "/" + id; }
+  std::string in_trash(const std::string& id) const { return trash() + "/" + id; }
+  std::string pack(const layout::ImageId& id) const;
+  // Two hexadecimal digits of the id, so that no directory gets too large.
+  std::string pack_directory(const layout::ImageId& id) const;
+
+  // Where the pack is now: under its name, waiting to be deleted, or in
+  // quarantine. ErrorCode::damaged if it is nowhere.
+  Result<std::string> find_pack(const layout::ImageId& id) const;
+};
+
+}  // namespace vmsnap
