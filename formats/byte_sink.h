@@ -1,13 +1,11 @@
-// Sequential writing of a file: as it is, or encrypted on the way.
+// Where bytes are written one after the other: a plain file, or a sealed one.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <vector>
 
 #include "formats/error.h"
-#include "formats/image_layout.h"
 
 namespace vmsnap {
 
@@ -17,15 +15,13 @@ class ByteSink {
   virtual ~ByteSink() = default;
 
   virtual Status append(std::span<const std::byte> bytes) = 0;
-  virtual uint64_t offset() const = 0;  // of the next byte appended
-  // What was appended is in the file once this has returned without an error.
-  // The last call.
+  // Where the next byte will be, as a reader of the file sees it.
+  virtual uint64_t offset() const = 0;
+  // After the last append: what was appended is in the file (not yet on the
+  // disk) if this returns without an error.
   virtual Status finish() = 0;
 
-  Status pad_to(uint64_t alignment) {  // with zeros
-    const std::vector<std::byte> zeros(layout::align_up(offset(), alignment) - offset());
-    return append(zeros);
-  }
+  Status pad_to(uint64_t alignment);  // with zeros
 };
 
 }  // namespace vmsnap

@@ -1,5 +1,4 @@
-// Bytes at rest that are read at any place: a plain file, or one that has to
-// be decrypted on the way.
+// Bytes at rest that are read at any place: a plain file, or a sealed one.
 #pragma once
 
 #include <cstddef>
@@ -13,38 +12,47 @@
 
 namespace vmsnap {
 
-// All members: any number of threads; read_exact() blocks on the disk.
+// Any number of threads may read at the same time. Reading blocks on the disk.
 class ByteSource {
  public:
+  explicit ByteSource(std::string name) : name_(std::move(name)) {}
   virtual ~ByteSource() = default;
+  ByteSource(const ByteSource&) = delete;
+  ByteSource& operator=(const ByteSource&) = delete;
 
-  // All of `out` from `offset` on; ErrorCode::damaged where the bytes end
-  // before that, or are not what was written.
+  // All of `out`, from `offset`. Bytes beyond the end are ErrorCode::damaged:
+  // whoever asks for them has been told a length that the file does not keep.
   virtual Status read_exact(uint64_t offset, std::span<std::byte> out) const = 0;
+  virtual uint64_t size() const = 0;  // when it was opened
 
-  virtual uint64_t size() const = 0;  // bytes
-  virtual const std::string& name() const = 0;  // the file, for errors
+  const std::string& name() const { return name_; }  // for errors
+
+ private:
+  const std::string name_;
 };
 
-// A regular file as it is. Read with pread(2), never mapped, so that a failing
-// disk or a file cut short is an error value and not a signal.
-class PlainSource : public ByteSource {
+struct RegularFile {
+  Fd fd;
+  uint64_t size = 0;
+};
+
+// For reading; ErrorCode::damaged if it is anything but a regular file.
+Result<RegularFile> open_regular_file(const std::string& path);
+
+// A file as it is.
+class PlainSource final : public ByteSource {
  public:
-  // ErrorCode::damaged if `path` is not a regular file.
   static Result<std::unique_ptr<PlainSource>> open(const std::string& path);
 
   Status read_exact(uint64_t offset, std::span<std::byte> out) const override;
-  uint64_t size() const override { return size_; }
-  const std::string& name() const override { return name_; }
-  int fd() const { return fd_.get(); }
+  uint64_t size() const override { return file_.size; }
+  int fd() const { return file_.fd.get(); }
 
  private:
-  PlainSource(Fd fd, std::string name, uint64_t size)
-      : fd_(std::move(fd)), name_(std::move(name)), size_(size) {}
+  PlainSource(RegularFile file, const std::string& path)
+      : ByteSource(path), file_(std::move(file)) {}
 
-  Fd fd_;
-  std::string name_;
-  uint64_t size_;
+  const RegularFile file_;
 };
 
 }  // namespace vmsnap
