@@ -19,6 +19,10 @@ int exit_status(ErrorCode code) {
     case ErrorCode::unsupported: return 10;
     case ErrorCode::pause_command: return 11;
     case ErrorCode::poisoned: return 12;
+    case ErrorCode::stale: return 13;
+    case ErrorCode::locked: return 14;
+    case ErrorCode::some_failed: return 15;
+    case ErrorCode::wrong_key: return 16;
     case ErrorCode::interrupted: return 130;
   }
   return 1;

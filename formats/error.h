@@ -27,6 +27,10 @@ enum class ErrorCode {
   unsupported,    // a newer format version, or a kernel that lacks a feature
   pause_command,  // the --in-pause command failed or took too long
   poisoned,       // restored, but some pages could not be read back
+  stale,          // the newest snapshot is older than it may be
+  locked,         // somebody else is at work in the store
+  some_failed,    // a backup run went on, but not all of it went well
+  wrong_key,      // sealed, and not with the key that was given
   interrupted,    // a signal asked us to stop
   io,             // any other system call that failed
 };

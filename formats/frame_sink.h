@@ -51,7 +51,11 @@ class FrameSink {
 
   // The section of packs: rows of layout::PackRow for the files that entries
   // refer to; empty if all frames are in the image's own file. After close().
-  virtual std::vector<std::byte> packs_section() const { return {}; }
+  // references[n]: page entries that refer to pack number n.
+  virtual std::vector<std::byte> packs_section(const std::vector<uint64_t>& references) const {
+    (void)references;
+    return {};
+  }
 };
 
 }  // namespace vmsnap

@@ -4,6 +4,11 @@
 
 namespace vmsnap {
 
+std::string vm_name(const ImageInfo& info) {
+  const auto name = info.source.find("name");
+  return name != info.source.end() && name->is_string() ? name->get<std::string>() : std::string();
+}
+
 uint64_t total_pages(const std::vector<Region>& regions) {
   uint64_t pages = 0;
   for (const Region& region : regions) pages += region.length / page_size;

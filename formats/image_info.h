@@ -25,10 +25,17 @@ struct ImageInfo {
   std::string id;               // 32 hex digits, random
   int64_t created_unix_ms = 0;  // the instant of the snapshot, wall clock
   std::vector<Region> regions;
+  // Of a snapshot in a store.
+  std::string domain;             // pages are shared only within one
+  std::vector<std::string> tags;  // the user's words
+  uint64_t added_bytes = 0;       // that the store grew by
   // Opaque to formats/: what snap/ recorded of the source (kind, VM name,
   // executable, arguments, ...) and restore/ reads. A JSON object.
   nlohmann::json source = nlohmann::json::object();
 };
+
+// What the snapshot is of, as its source's "name" says; empty if it has none.
+std::string vm_name(const ImageInfo& info);
 
 // Sum of all region lengths / page_size.
 uint64_t total_pages(const std::vector<Region>& regions);

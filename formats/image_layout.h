@@ -122,7 +122,7 @@ inline constexpr uint64_t max_pack_number = 65535;
 struct PackRow {
   ImageId id;
   uint64_t frames_end;           // of the pack file: no frame reaches past this byte
-  uint64_t referenced;           // bytes of frames that this snapshot needs, at most
+  uint64_t referenced;           // page entries that refer to it; 0: it is not needed
   std::array<uint8_t, 32> digest;  // BLAKE2b-256 of the pack's trailer block
 };
 static_assert(sizeof(PackRow) == 64);

@@ -130,7 +130,7 @@ Result<uint64_t> ImageWriter::finish(const ImageInfo& info, std::span<const std:
                     .page_count = state.page_count,
                     .frames_end = VMSNAP_TRY(state.frames->close()),
                     .compression_level = state.compression_level};
-  const std::vector<std::byte> packs = state.frames->packs_section();
+  const std::vector<std::byte> packs = state.frames->packs_section(state.pages.count_packs());
   const ImageSections sections = {
       .device_state = device_state, .packs = packs, .working_set = working_set};
   const auto write = [&](ByteSink& file) -> Result<uint64_t> {

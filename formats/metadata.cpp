@@ -24,6 +24,10 @@ bool has_control_character(std::string_view utf8) {
   return false;
 }
 
+bool proper_tag(const std::string& text) {
+  return text.size() <= max_tag_bytes && !has_control_character(text);
+}
+
 // Why `info` breaks a rule, or an empty string. Numbers regions' first pages.
 std::string number_regions(ImageInfo& info, uint64_t page_count) {
   if (info.id.size() != 32 || info.id.find_first_not_of("0123456789abcdef") != std::string::npos) {
@@ -33,6 +37,11 @@ std::string number_regions(ImageInfo& info, uint64_t page_count) {
     return "\"created_unix_ms\" is out of range";
   }
   if (!info.source.is_object()) return "\"source\" is not an object";
+  if (info.tags.size() > max_tags) return fmt::format("more than {} tags", max_tags);
+  for (const std::string& text : info.tags) {
+    if (!proper_tag(text) || text.empty()) return "a tag is empty, too long, or has a control character";
+  }
+  if (!proper_tag(info.domain)) return "\"domain\" is too long, or has a control character";
   if (info.regions.size() > max_regions) return fmt::format("more than {} regions", max_regions);
   uint64_t pages = 0;
   for (Region& region : info.regions) {
@@ -122,6 +131,20 @@ std::string read_document(nlohmann::json& document, ImageInfo& info) {
       return "a region lacks a proper name, address or length";
     }
   }
+  if (const nlohmann::json* tags = member(document, "tags")) {
+    if (!tags->is_array() || tags->size() > max_tags) return "\"tags\" is not a short array";
+    for (const nlohmann::json& tag : *tags) {
+      if (!tag.is_string()) return "a tag is not a string";
+      info.tags.push_back(tag.get<std::string>());
+    }
+  }
+  if (member(document, "domain") && !read_text(document, "domain", info.domain)) {
+    return "\"domain\" is not a string";
+  }
+  if (member(document, "added_bytes") &&
+      !read_unsigned(document, "added_bytes", info.added_bytes)) {
+    return "\"added_bytes\" is not a number";
+  }
   const auto source = document.find("source");
   if (source == document.end()) return "\"source\" is missing";
   info.source = std::move(*source);
@@ -139,10 +162,13 @@ Result<std::string> encode_metadata(const ImageInfo& info, uint64_t page_count,
                                                                 : nlohmann::json(region.address)},
                        {"length", region.length}});
   }
-  const nlohmann::json document = {{"id", info.id},
+  nlohmann::json document = {{"id", info.id},
                                    {"created_unix_ms", info.created_unix_ms},
                                    {"regions", std::move(regions)},
                                    {"source", info.source}};
+  if (!info.tags.empty()) document["tags"] = info.tags;
+  if (!info.domain.empty()) document["domain"] = info.domain;
+  if (info.added_bytes != 0) document["added_bytes"] = info.added_bytes;
   std::string json = document.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   const auto read_back = decode_metadata(std::as_bytes(std::span(json)), page_count, name);
   if (!read_back) {

@@ -13,6 +13,8 @@ namespace vmsnap {
 
 inline constexpr size_t max_regions = 65536;
 inline constexpr size_t max_region_name = 255;                       // bytes
+inline constexpr size_t max_tags = 64;
+inline constexpr size_t max_tag_bytes = 255;  // also of a domain
 inline constexpr size_t max_metadata_nesting = 64;                   // arrays and objects
 inline constexpr int64_t max_created_unix_ms = 253'402'300'799'999;  // the end of the year 9999
 

@@ -5,6 +5,7 @@
 #include <span>
 
 #include "formats/checksum.h"
+#include "formats/page_entry.h"
 
 namespace vmsnap {
 
@@ -23,6 +24,20 @@ void PageArray::set(uint64_t page, uint64_t entry) {
   leaves_[leaf][page % layout::leaf_entries] = entry;
   // Neighbouring pages may be set by another thread.
   std::atomic_ref(leaf_used_[leaf]).store(1, std::memory_order_relaxed);
+}
+
+std::vector<uint64_t> PageArray::count_packs() const {
+  std::vector<uint64_t> counts(1);
+  for (uint64_t leaf = 0; leaf < leaf_used_.size(); ++leaf) {
+    if (!leaf_used_[leaf]) continue;
+    for (const uint64_t entry : leaves_[leaf]) {
+      if (entry == 0) continue;
+      const uint64_t pack = PageEntry::from_bits(entry).pack;
+      if (pack >= counts.size()) counts.resize(pack + 1);
+      ++counts[pack];
+    }
+  }
+  return counts;
 }
 
 Result<layout::Reference> PageArray::write_tree(ByteSink& file, uint64_t image_seed) const {

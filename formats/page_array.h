@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "formats/byte_sink.h"
 #include "formats/error.h"
@@ -19,6 +20,9 @@ class PageArray {
 
   // Several threads at once, for different pages.
   void set(uint64_t page, uint64_t entry);
+
+  // Element n: the entries with pack number n.
+  std::vector<uint64_t> count_packs() const;
 
   // Appends the tree's blocks in post-order (children by index, then their
   // parent), none for a subtree of zeros. After all set() calls. Returns the

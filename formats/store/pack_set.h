@@ -49,6 +49,8 @@ class PackSet : public FrameFiles {
     const SecretKey* key = nullptr;
   };
 
+  Result<uint64_t> add_locked(std::unique_ptr<Pack> pack);
+
   const StorePaths paths_;
   const SecretKey* const master_;
   mutable std::shared_mutex mutex_;

@@ -1,7 +1,7 @@
 // The packs that one writer makes: frames in, finished pack files out.
 //
-// Packs are written under hidden names (AtomicFile); until commit() they are
-// not there for anybody, and destruction without commit removes them.
+// Packs are written under hidden names (AtomicFile); until publish() they are
+// not there for anybody, and destruction without it removes them.
 #pragma once
 
 #include <atomic>
@@ -20,10 +20,10 @@ namespace vmsnap {
 
 class PackSink : public FrameSink {
  public:
-  // New packs go to `directory`, and get their numbers from `packs` (borrowed).
-  // A pack is ended when its frames reach `pack_bytes`, below max_pack_bytes.
-  // `keys` is null for a store that is not sealed.
-  PackSink(std::string directory, PackSet& packs, uint64_t pack_bytes, const SecretKey* master);
+  // New packs get their numbers from `packs`; a pack is ended when its frames
+  // reach `pack_bytes`, far below max_pack_bytes. `master` is null for a store
+  // that is not sealed. All are borrowed.
+  PackSink(StorePaths paths, PackSet& packs, uint64_t pack_bytes, const SecretKey* master);
   ~PackSink() override;
 
   Result<FramePlace> reserve(uint64_t bytes) override;
@@ -31,25 +31,23 @@ class PackSink : public FrameSink {
                std::span<const FrameNote> notes) override;
   bool sealed() const override { return master_ != nullptr; }
   Status read(uint64_t entry, std::span<std::byte, page_size> out) const override;
+  // Ends all packs, and fsyncs them. Returns 0: no frame is in the manifest.
+  // May be called again.
   Result<uint64_t> close() override;
 
-  // Overriden by whoever knows which packs the image refers to.
-  std::vector<std::byte> packs_section() const override { return {}; }
+  std::vector<std::byte> packs_section(const std::vector<uint64_t>& references) const override;
 
-  // What close() ended: all there is to know of the new packs.
+  // For whoever commits, after close().
   struct Finished {
-    uint64_t number = 0;
     layout::PackRow row = {};  // `referenced` is all its frames
     std::vector<layout::PackFrame> frames;
   };
   const std::vector<Finished>& finished() const { return finished_; }
-  uint64_t bytes() const;  // of all files, after close()
+  uint64_t bytes() const;  // of all files
 
-  // fsync of every pack, without a name yet.
-  Status sync();
-  // The final names, and fsync of the directory. The caller holds the commit
-  // lock, so that nobody takes them for dead packs.
-  Status commit();
+  // The final names, without fsync of the directory. The caller holds the
+  // commit lock, so that nobody takes them for dead packs.
+  Status publish();
 
  private:
   struct Pack;
@@ -57,13 +55,13 @@ class PackSink : public FrameSink {
   Result<Pack*> start_pack();
   Status end_pack(Pack& pack);
 
-  const std::string directory_;
+  const StorePaths paths_;
   PackSet& packs_;
   const uint64_t pack_bytes_;
   const SecretKey* const master_;
 
-  mutable std::mutex mutex_;  // the list, and who is the current one
-  std::map<uint64_t, std::unique_ptr<Pack>> open_;  // by number
+  std::mutex mutex_;
+  std::map<uint64_t, std::unique_ptr<Pack>> all_;  // by number
   Pack* current_ = nullptr;
   std::vector<Finished> finished_;
 };

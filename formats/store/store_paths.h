@@ -19,17 +19,20 @@ struct StorePaths {
   std::string condemned() const { return root + "/condemned"; }
   std::string quarantine() const { return root + "/quarantine"; }
   std::string index() const { return root + "/index"; }
+  std::string temporary() const { return root + "/tmp"; }
   std::string verified() const { return root + "/verified.json"; }
 
+  // `id`: 32 hexadecimal digits.
   std::string snapshot(const std::string& id) const { return snapshots() + "/" + id; }
   std::string in_trash(const std::string& id) const { return trash() + "/" + id; }
   std::string pack(const layout::ImageId& id) const;
-  // Two hexadecimal digits of the id, so that no directory gets too large.
-  std::string pack_directory(const layout::ImageId& id) const;
 
   // Where the pack is now: under its name, waiting to be deleted, or in
   // quarantine. ErrorCode::damaged if it is nowhere.
   Result<std::string> find_pack(const layout::ImageId& id) const;
+  // Its path among those that wait to be deleted (EPOCH.ID); empty if it is
+  // not there.
+  std::string find_condemned(const layout::ImageId& id) const;
 };
 
 }  // namespace vmsnap

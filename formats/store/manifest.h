@@ -1,0 +1,51 @@
+// Manifests: which snapshots a store has, and what each of them needs.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "formats/error.h"
+#include "formats/image_info.h"
+#include "formats/store/store.h"
+
+namespace vmsnap {
+
+struct SnapshotEntry {
+  std::string id;
+  std::string path;  // of its manifest
+  bool in_trash = false;
+  int64_t removed_unix_ms = 0;  // when it came into the trash
+  ImageInfo info;
+  uint64_t page_count = 0;
+  uint64_t zero_pages = 0;
+  uint64_t manifest_bytes = 0;
+
+  std::string vm() const { return vm_name(info); }
+};
+
+struct SnapshotList {
+  std::vector<SnapshotEntry> snapshots;  // the oldest first
+  std::vector<Error> unreadable;         // manifests that are there, but damaged
+};
+
+enum class Where { snapshots, trash };
+
+// Reads every manifest's header, trailer and metadata. What vanishes meanwhile
+// is left out. Blocks on the disk.
+Result<SnapshotList> list_snapshots(const Store& store, Where where);
+
+// The full id of a snapshot that a user names: by its id, the beginning of it
+// that no other snapshot has, or "latest" (of `vm` if that is not empty).
+// ErrorCode::usage if there is none, or more than one.
+Result<std::string> resolve_snapshot(const Store& store, Where where, const std::string& text,
+                                     const std::string& vm = {});
+
+// Ids (names of manifests), in no order.
+Result<std::vector<std::string>> manifest_ids(const std::string& directory);
+
+// Every page entry of a manifest that is not 0, in page order.
+using VisitEntry = std::function<Status(uint64_t page, uint64_t entry)>;
+Status visit_entries(const ImageFile& manifest, const VisitEntry& visit);
+
+}  // namespace vmsnap

@@ -1,0 +1,139 @@
+#include "formats/store/store.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <filesystem>
+#include <system_error>
+
+#include "formats/digest.h"
+#include "formats/checksum.h"
+#include "formats/image_tail.h"
+#include "formats/key_slots.h"
+#include "formats/sealed_file.h"
+#include "formats/store/pack_set.h"
+#include "formats/store/store_config.h"
+
+namespace vmsnap {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+// Two handles on one manifest: the bytes, and the lock that says it is in use.
+class HeldPacks : public PackSet {
+ public:
+  HeldPacks(StorePaths paths, const SecretKey* master, Fd held)
+      : PackSet(std::move(paths), master), held_(std::move(held)) {}
+
+ private:
+  const Fd held_;
+};
+
+Status lock_shared(const Fd& fd, const std::string& path) {
+  struct flock lock = {};
+  lock.l_type = F_RDLCK;
+  lock.l_whence = SEEK_SET;
+  if (::fcntl(fd.get(), F_OFD_SETLK, &lock) == 0) return {};
+  return fail_errno(errno, "cannot lock {}", path);
+}
+
+Status make_directory(const std::string& path) {
+  if (::mkdir(path.c_str(), 0700) == 0 || errno == EEXIST) return {};
+  return fail_errno(errno, "cannot make the directory {}", path);
+}
+
+// Where there is nothing, an empty directory, or what a killed creator left.
+Status check_may_create(const StorePaths& paths) {
+  std::error_code error;
+  fs::directory_iterator entry(paths.root, error);
+  for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
+    const std::string name = entry->path().filename().string();
+    const bool ours = name.starts_with(".store.json.vmsnap-") || name == "lock" ||
+                      name == "snapshots" || name == "trash" || name == "packs" ||
+                      name == "condemned" || name == "quarantine" || name == "index" ||
+                      name == "tmp";
+    if (!ours) {
+      return tl::unexpected(
+          Error(ErrorCode::usage, fmt::format("{} is not a store, and not empty", paths.root))
+              .with_remedy("Give the directory of a store, or one that is empty or not there."));
+    }
+  }
+  return {};
+}
+
+Status create(const StorePaths& paths, const KeySource& key) {
+  VMSNAP_CHECK(check_may_create(paths));
+  VMSNAP_CHECK(make_directory(paths.root));
+  for (const std::string& path :
+       {paths.snapshots(), paths.trash(), paths.packs(), paths.condemned(), paths.quarantine(),
+        paths.index(), paths.temporary()}) {
+    VMSNAP_CHECK(make_directory(path));
+  }
+  VMSNAP_TRY(open_file(paths.lock(), O_RDWR | O_CREAT));
+  const StoreConfig config = VMSNAP_TRY(make_store_config(key));
+  VMSNAP_CHECK(sync_directory_of(paths.config()));
+  VMSNAP_CHECK(sync_directory_of(paths.root));
+  const Status written = write_store_config(paths, config, /*replace=*/false);
+  if (!written && written.error().code() == ErrorCode::exists) return {};  // another was first
+  return written;
+}
+
+}  // namespace
+
+Store::Store(StorePaths paths, StoreLock use, std::optional<SecretKey> master)
+    : paths_(std::move(paths)), use_(std::move(use)), master_(std::move(master)) {
+  if (master_) hash_key_ = master_->derive("hash", layout::ImageId{});
+}
+
+Result<std::unique_ptr<Store>> Store::open(const StoreOptions& options) {
+  const StorePaths paths = {options.directory};
+  std::error_code error;
+  if (!fs::exists(paths.config(), error)) {
+    return tl::unexpected(Error(ErrorCode::usage, paths.root + " is not a store")
+                              .with_remedy("Give the directory that 'vmsnap snapshot --store' or "
+                                           "'vmsnap import --store' made."));
+  }
+  const StoreConfig config = VMSNAP_TRY(read_store_config(paths));
+  std::optional<SecretKey> master = VMSNAP_TRY(unlock_store(config, paths, options.key));
+  StoreLock use = VMSNAP_TRY(StoreLock::use(paths));
+  return std::unique_ptr<Store>(new Store(paths, std::move(use), std::move(master)));
+}
+
+Result<std::unique_ptr<Store>> Store::open_or_create(const StoreOptions& options) {
+  const StorePaths paths = {options.directory};
+  std::error_code error;
+  if (!fs::exists(paths.config(), error)) VMSNAP_CHECK(create(paths, options.key));
+  return open(options);
+}
+
+uint64_t Store::page_hash(std::span<const std::byte> page) const {
+  return hash_key_ ? keyed_hash64(*hash_key_, page) : checksum(page, 0);
+}
+
+std::string Store::index_name(const std::string& domain) const {
+  const auto bytes = std::as_bytes(std::span(domain));
+  const uint64_t hash = hash_key_ ? keyed_hash64(*hash_key_, bytes) : checksum(bytes, 0);
+  return fmt::format("{:016x}", hash);
+}
+
+Result<ImageFile> Store::open_manifest(const std::string& path) const {
+  if (!master_) {
+    return ImageFile::open(std::shared_ptr<const ByteSource>(VMSNAP_TRY(PlainSource::open(path))));
+  }
+  return ImageFile::open(
+      std::shared_ptr<const ByteSource>(VMSNAP_TRY(SealedSource::open(path, *master_))));
+}
+
+Result<std::unique_ptr<ImageReader>> Store::open_snapshot(const std::string& id) const {
+  const std::string path = paths_.snapshot(id);
+  Fd held = VMSNAP_TRY(open_file(path, O_RDONLY | O_NONBLOCK));
+  VMSNAP_CHECK(lock_shared(held, path));
+  ImageFile manifest = VMSNAP_TRY(open_manifest(path));
+  auto packs = std::make_unique<HeldPacks>(paths_, master(), std::move(held));
+  packs->add_rows(VMSNAP_TRY(manifest.read_packs()));
+  return ImageReader::open(std::move(manifest), std::move(packs));
+}
+
+}  // namespace vmsnap

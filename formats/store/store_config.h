@@ -1,0 +1,39 @@
+// store.json: that a directory is a store, which version, and how its key is
+// wrapped.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+
+#include "formats/error.h"
+#include "formats/key_source.h"
+#include "formats/secret_key.h"
+#include "formats/store/store_paths.h"
+
+namespace vmsnap {
+
+struct StoreConfig {
+  static constexpr int version = 1;
+
+  std::string id;        // 32 hexadecimal digits
+  nlohmann::json slots;  // of the master key (key_slots.h); null: not sealed
+
+  bool sealed() const { return !slots.is_null(); }
+};
+
+// ErrorCode::damaged for what is not one, unsupported for a newer version.
+// Any bytes are safe.
+Result<StoreConfig> parse_store_config(const std::string& json, const std::string& name);
+Result<StoreConfig> read_store_config(const StorePaths& paths);
+
+// Of a new store; sealed with a new random key if the source names a key.
+Result<StoreConfig> make_store_config(const KeySource& key);
+Status write_store_config(const StorePaths& paths, const StoreConfig& config, bool replace);
+
+// The master key; none for a store that is not sealed. ErrorCode::wrong_key if
+// the key is missing or wrong, usage if a key is given that nothing needs.
+Result<std::optional<SecretKey>> unlock_store(const StoreConfig& config, const StorePaths& paths,
+                                              const KeySource& key);
+
+}  // namespace vmsnap
