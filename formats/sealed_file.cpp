@@ -14,16 +14,16 @@ namespace {
 
 using layout::SealedPrelude;
 
-constexpr size_t chunk_size = layout::sealed_chunk;
-constexpr size_t stored_chunk_size = chunk_size + seal_tag_size;
-constexpr size_t flush_size = 256 * stored_chunk_size;
+constexpr size_t clear_chunk = layout::sealed_chunk;
+constexpr size_t stored_chunk = clear_chunk + seal_tag_size;
+constexpr size_t flush_size = 256 * stored_chunk;
 
 // Chunks that are read at once, into a buffer on the stack.
 constexpr uint64_t run_chunks = 8;
 
-uint64_t stored_at(uint64_t chunk) { return sizeof(SealedPrelude) + chunk * stored_chunk_size; }
+uint64_t stored_at(uint64_t chunk) { return sizeof(SealedPrelude) + chunk * stored_chunk; }
 
-uint64_t last_chunk_of(uint64_t length) { return length == 0 ? 0 : (length - 1) / chunk_size; }
+uint64_t last_chunk_of(uint64_t length) { return length == 0 ? 0 : (length - 1) / clear_chunk; }
 
 // What a sealed file of this length takes.
 uint64_t stored_length(uint64_t length) {
@@ -102,7 +102,7 @@ Result<std::unique_ptr<SealedSource>> SealedSource::open(const std::string& path
   VMSNAP_CHECK(check_prelude(prelude, file.size, path));
   std::unique_ptr<SealedSource> source(
       new SealedSource(path, std::move(file), prelude, file_key(master, prelude)));
-  std::array<std::byte, stored_chunk_size> last;
+  std::array<std::byte, stored_chunk> last;
   VMSNAP_CHECK(source->read_chunks(source->last_chunk(), last, 1));
   return source;
 }
@@ -117,13 +117,13 @@ Status SealedSource::read_chunks(uint64_t first, std::span<std::byte> buffer,
   VMSNAP_CHECK(read_exact_at(file_.fd.get(), stored, stored_at(first), name()));
   const SealedPrelude inner = without_length(prelude_);
   for (uint64_t chunk = first; chunk < first + count; ++chunk) {
-    const std::span<std::byte> one = stored.first(std::min(stored.size(), stored_chunk_size));
+    const std::span<std::byte> one = stored.first(std::min(stored.size(), stored_chunk));
     const SealedPrelude& associated = chunk == last_chunk() ? prelude_ : inner;
     if (!unseal(key_, chunk, prelude_bytes(associated), one.first(one.size() - seal_tag_size),
                 one.last<seal_tag_size>())) {
       return bad_seal(name(),
                       fmt::format("is damaged: what is sealed from byte {} on is not authentic",
-                                  chunk * chunk_size),
+                                  chunk * clear_chunk),
                       "It was changed, or belongs to another store and its key; use another copy "
                       "of it, if there is one.");
     }
@@ -136,16 +136,16 @@ Status SealedSource::read_exact(uint64_t offset, std::span<std::byte> out) const
   if (offset > size() || out.size() > size() - offset) {
     return bad_seal(name(), fmt::format("ends at byte {}: it is cut short", size()), use_a_copy);
   }
-  std::array<std::byte, run_chunks * stored_chunk_size> buffer;
+  std::array<std::byte, run_chunks * stored_chunk> buffer;
   while (!out.empty()) {
-    const uint64_t first = offset / chunk_size;
-    const uint64_t needed = (offset + out.size() - 1) / chunk_size - first + 1;
+    const uint64_t first = offset / clear_chunk;
+    const uint64_t needed = (offset + out.size() - 1) / clear_chunk - first + 1;
     const uint64_t count = std::min(needed, run_chunks);
     VMSNAP_CHECK(read_chunks(first, buffer, count));
     for (uint64_t i = 0; i < count; ++i) {
-      const size_t skip = offset % chunk_size;
-      const size_t length = std::min(out.size(), chunk_size - skip);
-      std::memcpy(out.data(), buffer.data() + i * stored_chunk_size + skip, length);
+      const size_t skip = offset % clear_chunk;
+      const size_t length = std::min(out.size(), clear_chunk - skip);
+      std::memcpy(out.data(), buffer.data() + i * stored_chunk + skip, length);
       out = out.subspan(length);
       offset += length;
     }
@@ -164,17 +164,17 @@ SealedWriter::SealedWriter(int fd, std::string name, const SecretKey& master)
         return prelude;
       }()),
       key_(file_key(master, prelude_)) {
-  pending_.reserve(chunk_size);
+  pending_.reserve(clear_chunk);
 }
 
 Status SealedWriter::append(std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     // Only now is it known that the pending chunk is not the last.
-    if (pending_.size() == chunk_size) {
+    if (pending_.size() == clear_chunk) {
       seal_pending(prelude_);
       if (sealed_.size() >= flush_size) VMSNAP_CHECK(flush());
     }
-    const auto some = bytes.first(std::min(bytes.size(), chunk_size - pending_.size()));
+    const auto some = bytes.first(std::min(bytes.size(), clear_chunk - pending_.size()));
     pending_.insert(pending_.end(), some.begin(), some.end());
     length_ += some.size();
     bytes = bytes.subspan(some.size());
