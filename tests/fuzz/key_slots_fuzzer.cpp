@@ -2,9 +2,10 @@
 // has a slot for: nobody finds another by changing bytes. Only key files are
 // tried, because a passphrase may cost 4 GiB.
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
-#include <ranges>
+#include <numeric>
 #include <string_view>
 
 #include "formats/key_slots.h"
@@ -26,7 +27,9 @@ const KeyMaterial& fixed_material() {
 
 // The bytes 1, 2, ... 32.
 bool is_master_of_corpus(const SecretKey& key) {
-  return std::ranges::equal(key.bytes(), std::views::iota(1, 33));
+  std::array<uint8_t, SecretKey::size> expected;
+  std::iota(expected.begin(), expected.end(), uint8_t{1});
+  return std::ranges::equal(key.bytes(), expected);
 }
 
 }  // namespace
