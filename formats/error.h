@@ -32,7 +32,6 @@ enum class ErrorCode {
   some_failed,    // a backup run went on, but not all of it went well
   wrong_key,      // sealed, and not with the key that was given
   interrupted,    // a signal asked us to stop
-  wrong_key,      // no key was given, or it opens nothing here
   io,             // any other system call that failed
 };
 

@@ -90,6 +90,9 @@ class AtomicFile {
   Status commit();
   void discard();
 
+  // Another final name, in the same directory or another of the file system.
+  void rename_to(const std::string& path) { path_ = path; }
+
   // The three parts of commit(), for files that are committed together: fsync;
   // rename; and sync_directory_of(path()) by the caller.
   Status sync();

@@ -28,9 +28,17 @@ inline constexpr std::array test_point_names = {
     std::string_view("copy.first_fault"),     // one fault copied, not released
     std::string_view("copy.half"),            // about half the pages copied
     std::string_view("copy.done"),            // all copied, uffd closed
+    std::string_view("store.pack_started"),     // a pack's header written, no frame
+    std::string_view("store.packs_ended"),      // every pack has its trailer
+    std::string_view("store.packs_synced"),     // and is fsynced, under no name
     std::string_view("commit.written"),       // all bytes written, no fsync
     std::string_view("commit.synced"),        // fsynced, not renamed
     std::string_view("commit.renamed"),       // under its final name
+    std::string_view("store.manifest_synced"),  // all is on the disk, under no name
+    std::string_view("store.pack_renamed"),     // one pack under its name
+    std::string_view("store.packs_renamed"),    // all packs are, no manifest
+    std::string_view("store.manifest_renamed"), // the snapshot is there
+    std::string_view("store.indexed"),          // and the next one finds its pages
     std::string_view("restore.start"),        // image open, run directory made
     std::string_view("restore.launched"),     // QEMU started, waiting
     std::string_view("restore.registered"),   // its RAM is served by us

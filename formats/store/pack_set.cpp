@@ -67,6 +67,11 @@ layout::PackRow PackSet::row(uint64_t number) const {
   return packs_[number - 1]->row;
 }
 
+bool PackSet::being_written(uint64_t number) const {
+  std::shared_lock lock(mutex_);
+  return packs_[number - 1]->fd >= 0;
+}
+
 uint64_t PackSet::size() const {
   std::shared_lock lock(mutex_);
   return packs_.size();

@@ -32,6 +32,7 @@ class PackSet : public FrameFiles {
   // For a pack that is being written: readable from `fd` (borrowed) at once.
   Result<uint64_t> add_open(const layout::ImageId& id, int fd, const std::string& name,
                             const SecretKey* key);
+  bool being_written(uint64_t number) const;  // of a number that was given
   // Now it has its row.
   void set_row(uint64_t number, const layout::PackRow& row);
 
