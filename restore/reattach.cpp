@@ -80,7 +80,7 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
     return {};
   }
 
-  auto image = VMSNAP_TRY(ImageReader::open(record.image));
+  auto image = VMSNAP_TRY(open_image({record.image, {.directory = {}, .key = options.key}, {}}));
   if (image->info().id != record.image_id) {
     return fail(ErrorCode::damaged,
                 "{} is not the image that this VM was restored from ({}, not {})", record.image,

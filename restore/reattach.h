@@ -16,6 +16,7 @@
 #include <string>
 
 #include "formats/command.h"
+#include "formats/store/image_argument.h"
 
 namespace vmsnap {
 
@@ -23,6 +24,7 @@ struct ReattachOptions {
   std::string run_dir;
   bool detach = false;
   bool json = false;
+  KeySource key;  // of the store that the image is in, if it is encrypted
 };
 
 // ErrorCode::exists while a page server is at work there, ErrorCode::damaged

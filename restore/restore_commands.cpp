@@ -20,12 +20,12 @@ struct RestoreArguments {
 Status run_restore(RestoreArguments& arguments, CommandContext& context) {
   RestoreOptions& options = arguments.options;
   if (!arguments.reattach.empty()) {
-    if (!options.image.empty() || !options.extra.empty()) {
+    if (!options.image.name.empty() || !options.extra.empty()) {
       return fail(ErrorCode::usage, "--reattach takes the image and the VM from its directory");
     }
-    return reattach_vm({arguments.reattach, options.detach, options.json}, context);
+    return reattach_vm({arguments.reattach, options.detach, options.json, options.image.store.key}, context);
   }
-  if (options.image.empty()) {
+  if (options.image.name.empty()) {
     return tl::unexpected(Error(ErrorCode::usage, "restore wants an image")
                               .with_remedy("See vmsnap restore --help."));
   }
@@ -39,7 +39,7 @@ void add_restore(CLI::App& app, CommandContext& context) {
   auto arguments = std::make_shared<RestoreArguments>();
   CLI::App* command = app.add_subcommand(
       "restore", "Start the VM of an image again; its memory comes as it is touched");
-  command->add_option("FILE", arguments->options.image, "The image");
+  add_image_argument(*command, arguments->options.image);
   command->add_option("--run-dir", arguments->options.run_dir,
                       "Directory for sockets, logs and restore.json (default: a new one)");
   command->add_option("--reattach", arguments->reattach,
@@ -64,6 +64,7 @@ void add_restore(CLI::App& app, CommandContext& context) {
   command->footer(
       "Examples:\n"
       "  vmsnap restore vm.img\n"
+      "  vmsnap restore --store /backup/vms latest --vm web1\n"
       "  vmsnap restore vm.img --run-dir /run/copy --detach --json\n"
       "  vmsnap restore vm.img --replace /disks/vm.qcow2=/disks/copy.qcow2\n"
       "  vmsnap restore vm.img -- -netdev user,id=net0\n"
@@ -77,7 +78,7 @@ void add_serve(CLI::App& app, CommandContext& context) {
   auto options = std::make_shared<ServeOptions>();
   CLI::App* command =
       app.add_subcommand("serve", "Serve pages of an image to Firecracker-style VMMs");
-  command->add_option("FILE", options->image, "The image")->required();
+  add_image_argument(*command, options->image)->required();
   command->add_option("--socket", options->socket, "Unix socket to listen on")->required();
   command->add_flag("--once", options->once, "End when the first VMM has gone");
   command->footer(

@@ -84,13 +84,13 @@ class Restore {
 };
 
 Status Restore::prepare() {
-  auto image = VMSNAP_TRY(ImageReader::open(options_.image));
+  auto image = VMSNAP_TRY(open_image(options_.image));
   LaunchRequest request = VMSNAP_TRY(launch_request(options_, *image));
   const bool resume = request.record.was_running && !options_.start_paused;
   vm_ = std::make_unique<ServedVm>(ServedVm{VMSNAP_TRY(RunDir::create(options_.run_dir)),
                                             RestoreRecord(), std::move(image), Process(), Uffd(),
                                             VMSNAP_TRY(PageMarks::in_memory(0))});
-  vm_->record.image = std::filesystem::absolute(options_.image).string();
+  vm_->record.image = std::filesystem::absolute(vm_->image->path()).string();
   vm_->record.image_id = vm_->image->info().id;
   vm_->record.resume = resume;
   vm_->record.server_pid = ::getpid();
@@ -191,7 +191,7 @@ Status restore_vm(const RestoreOptions& options, CommandContext& context) {
 }
 
 Status print_launch_line(const RestoreOptions& options, CommandContext& context) {
-  const auto image = VMSNAP_TRY(ImageReader::open(options.image));
+  const auto image = VMSNAP_TRY(open_image(options.image));
   LaunchRequest request = VMSNAP_TRY(launch_request(options, *image));
   request.run_dir = options.run_dir.empty() ? "/run/vmsnap/vmsnap-XXXXXX"
                                             : std::filesystem::absolute(options.run_dir).string();

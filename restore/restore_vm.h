@@ -18,12 +18,13 @@
 #include <vector>
 
 #include "formats/command.h"
+#include "formats/store/image_argument.h"
 #include "restore/launch_rules.h"
 
 namespace vmsnap {
 
 struct RestoreOptions {
-  std::string image;
+  ImageArgument image;
   std::string run_dir;  // empty: a new one
   std::string qemu;     // empty: the recorded executable
   std::string chdir;    // empty: the recorded working directory

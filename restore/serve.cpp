@@ -222,10 +222,10 @@ class SocketFile {
 
 Status serve(const ServeOptions& options, CommandContext& context) {
   install_interrupt_handlers();
-  const auto image = VMSNAP_TRY(ImageReader::open(options.image));
+  const auto image = VMSNAP_TRY(open_image(options.image));
   const Fd listener = VMSNAP_TRY(listen_on(options.socket));
   const SocketFile file(options.socket);
-  context.out << fmt::format("serving {} ({} pages) on {}\n", options.image, image->page_count(),
+  context.out << fmt::format("serving {} ({} pages) on {}\n", image->path(), image->page_count(),
                              options.socket)
               << std::flush;
   SessionList sessions;
@@ -240,7 +240,7 @@ Status serve(const ServeOptions& options, CommandContext& context) {
   if (sessions.unreadable() == 0) return {};
   return tl::unexpected(
       Error(ErrorCode::poisoned, fmt::format("{} pages of {} could not be read back",
-                                             sessions.unreadable(), options.image))
+                                             sessions.unreadable(), image->path()))
           .with_remedy("vmsnap verify names what is damaged."));
 }
 

@@ -12,11 +12,12 @@
 #include <string>
 
 #include "formats/command.h"
+#include "formats/store/image_argument.h"
 
 namespace vmsnap {
 
 struct ServeOptions {
-  std::string image;
+  ImageArgument image;
   std::string socket;  // path; made with mode 0600, removed at the end
   bool once = false;   // end when the first VMM that was served has gone
 };

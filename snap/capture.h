@@ -55,6 +55,8 @@ class Capture {
   Status finish(const std::function<Status()>& on_progress);
 
   const CaptureCounters& counters() const { return state_->counters; }
+  // After finish(): the pages that were written first, in their order.
+  const std::vector<uint64_t>& first_written() const { return state_->first_written; }
 
  private:
   Capture(ImageWriter& writer, CaptureOptions options) : writer_(writer), options_(std::move(options)) {}

@@ -64,6 +64,10 @@ class CaptureState {
   std::vector<std::unique_ptr<CapturedPiece>> pieces;  // by page number
   std::unique_ptr<Staging> staging;
   CaptureCounters counters;
+  // Pages in the order in which writes to them waited for us: the working set.
+  // The fault handler's until it ends; at most max_first_written.
+  std::vector<uint64_t> first_written;
+  static constexpr size_t max_first_written = 1 << 20;
 
   // The piece that holds an address of the process; null for none.
   CapturedPiece* find(RemotePtr address) const;

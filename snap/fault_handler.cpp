@@ -81,6 +81,9 @@ Status FaultHandler::handle(const UffdEvent& event) {
 Status FaultHandler::handle_write(CapturedPiece& piece, uint64_t unit) {
   const auto start = Clock::now();
   ++state_.counters.write_faults;
+  if (state_.first_written.size() < CaptureState::max_first_written) {
+    state_.first_written.push_back(piece.page_of(unit));
+  }
   if (piece.states.claim(unit)) {
     VMSNAP_CHECK(copy_unit(piece, unit));
   } else if (piece.states.get(unit) != UnitState::claimed) {

@@ -14,13 +14,17 @@
 #include <vector>
 
 #include "formats/error.h"
+#include "formats/store/store.h"
 #include "snap/capture_state.h"
 
 namespace vmsnap {
 
 struct SnapshotOptions {
-  std::string output;
+  std::string output;  // an image file ...
   bool replace_output = false;
+  StoreOptions store;  // ... or, if it has a directory, a store
+  std::string dedup_domain;
+  std::vector<std::string> tags;
   bool without_disks = false;  // --disks none
   std::string pause_command;   // --in-pause, empty for none
   std::chrono::milliseconds pause_command_limit{10000};
@@ -36,7 +40,7 @@ struct SnapshotSummary {
   std::string file;
   double pause_ms = 0, total_ms = 0, attach_ms = 0;
   uint64_t total_pages = 0, zero_pages = 0, duplicate_pages = 0, stored_pages = 0;
-  uint64_t image_bytes = 0;
+  uint64_t image_bytes = 0;  // of a store: that it grew by
   uint64_t write_faults = 0;
   double fault_p50_us = 0, fault_p99_us = 0, fault_max_us = 0;
 };

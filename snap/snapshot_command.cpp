@@ -6,6 +6,7 @@
 #include <ostream>
 #include <thread>
 
+#include "formats/store/image_argument.h"
 #include "snap/progress.h"
 #include "snap/snapshot.h"
 
@@ -21,12 +22,15 @@ struct Arguments {
   double pause_command_limit_s = 10;
   double stall_limit_s = 10;
   bool json = false;
+  StoreArgument store;
   SnapshotOptions options;
 };
 
 constexpr const char* examples = R"(Examples:
   Snapshot a running VM:
     vmsnap snapshot --qmp /run/vm1.qmp --output /backup/vm1.img
+  Into a store, which keeps what is new:
+    vmsnap snapshot --qmp /run/vm1.qmp --store /backup/vms --tag nightly
   With an LVM snapshot of its disk at the same instant:
     vmsnap snapshot --qmp /run/vm1.qmp --output vm1.img --disks none \
         --in-pause 'lvcreate -s -n vm1-snap -L 5G vg/vm1'
@@ -95,6 +99,7 @@ Status run(const Arguments& arguments, CommandContext& context) {
     return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000));
   };
   SnapshotOptions options = arguments.options;
+  options.store = arguments.store.options();
   options.without_disks = arguments.disks == "none";
   options.pause_command_limit = milliseconds(arguments.pause_command_limit_s);
   options.stall_limit = milliseconds(arguments.stall_limit_s);
@@ -136,9 +141,17 @@ void add_snapshot_command(CLI::App& app, CommandContext& context) {
                     ->type_name("START-END")
                     ->needs(pid);
   pid->needs(range);
-  command->add_option("-o,--output", arguments->options.output, "Image file to make")
-      ->type_name("FILE")
-      ->required();
+  auto* output = command->add_option("-o,--output", arguments->options.output, "Image file to make")
+                     ->type_name("FILE");
+  auto* store = add_store_option(*command, arguments->store)->excludes(output);
+  store->description("Store to put it into, made if it is not there");
+  command->add_option("--tag", arguments->options.tags, "Word to find it by (repeatable)")
+      ->type_name("TAG")
+      ->allow_extra_args(false);
+  command->add_option("--dedup-domain", arguments->options.dedup_domain,
+                      "Share pages only with snapshots of the same domain")
+      ->type_name("NAME")
+      ->needs(store);
   command->add_flag("-f,--force", arguments->options.replace_output, "Replace FILE if it exists");
   command->add_option("--disks", arguments->disks, "'none': the image holds no disks, and I know")
       ->type_name("none")
@@ -162,8 +175,11 @@ void add_snapshot_command(CLI::App& app, CommandContext& context) {
       ->check(CLI::Range(-7, 19));
   command->add_flag("--json", arguments->json, "Print one JSON object");
 
-  command->callback([arguments, qmp, pid, &context] {
-    context.run = [arguments, qmp, pid, &context]() -> Status {
+  command->callback([arguments, qmp, pid, output, store, &context] {
+    context.run = [arguments, qmp, pid, output, store, &context]() -> Status {
+      if (output->empty() && store->empty()) {
+        return fail(ErrorCode::usage, "give --output FILE or --store DIR");
+      }
       if (qmp->empty() && pid->empty()) {
         return fail(ErrorCode::usage, "give --qmp SOCKET, or --pid PID with --range START-END");
       }

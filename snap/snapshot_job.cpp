@@ -14,7 +14,7 @@ using Clock = std::chrono::steady_clock;
 
 }  // namespace
 
-Status SnapshotJob::prepare(std::vector<MemoryBlock> blocks, Qmp* qmp) {
+Status SnapshotJob::prepare(std::vector<MemoryBlock> blocks, Qmp* qmp, const std::string& name) {
   progress_(SnapshotPhase::preparing, nullptr);
   memory_ = VMSNAP_TRY(map_guest_memory(process_, std::move(blocks)));
   VMSNAP_CHECK(check_not_pinned(process_));
@@ -22,12 +22,9 @@ Status SnapshotJob::prepare(std::vector<MemoryBlock> blocks, Qmp* qmp) {
 
   if (memory_.mergeable) ksm_ = VMSNAP_TRY(KsmPause::begin());
   guard_.emplace(VMSNAP_TRY(Guard::start(qmp, &ksm_, options_.stall_limit)));
-  output_ = VMSNAP_TRY(AtomicFile::create(options_.output, options_.replace_output));
+  output_ = VMSNAP_TRY(open_snapshot_output(options_, memory_.regions(), name));
   VMSNAP_TEST_POINT("snapshot.output");
-  writer_ = VMSNAP_TRY(ImageWriter::create(output_->fd(), options_.output, memory_.page_count(),
-                                           {.compression_level = options_.compression_level,
-                                            .hash = {}}));
-  id_ = writer_->id();
+  id_ = output_->image().id();
   return attach(qmp);
 }
 
@@ -44,7 +41,7 @@ Status SnapshotJob::attach(Qmp* qmp) {
   options.heartbeat = [this] { guard_->heartbeat(); };
   options.released = [this] { guard_->unwatched(); };
   capture_ = VMSNAP_TRY(
-      Capture::create(process_, memory_, std::move(handed.uffd), *writer_, std::move(options)));
+      Capture::create(process_, memory_, std::move(handed.uffd), output_->image(), std::move(options)));
   // From here on a touched page may wait for us.
   guard_->watching();
   return capture_->begin();
@@ -82,14 +79,15 @@ Result<SnapshotSummary> SnapshotJob::finish(nlohmann::json source,
   info.id = id_;
   info.created_unix_ms = instant_unix_ms_;
   info.regions = memory_.regions();
+  info.tags = options_.tags;
   info.source = std::move(source);
-  summary_.image_bytes = VMSNAP_TRY(writer_->finish(info, device_state));
-  VMSNAP_CHECK(check_interrupted());
-  VMSNAP_CHECK(output_->commit());
+  const auto saved =
+      VMSNAP_TRY(output_->commit(info, device_state, capture_->first_written()));
 
   const CaptureCounters& counters = capture_->counters();
   summary_.id = id_;
-  summary_.file = options_.output;
+  summary_.file = saved.name;
+  summary_.image_bytes = saved.bytes;
   summary_.total_pages = memory_.page_count();
   summary_.duplicate_pages = counters.duplicate_pages;
   summary_.stored_pages = counters.stored_pages;

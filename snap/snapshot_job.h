@@ -7,11 +7,10 @@
 #include <optional>
 #include <string>
 
-#include "formats/file.h"
-#include "formats/image_writer.h"
 #include "snap/capture.h"
 #include "snap/guard.h"
 #include "snap/snapshot.h"
+#include "snap/snapshot_output.h"
 #include "snap/vmm/guest_memory.h"
 #include "snap/vmm/ksm_pause.h"
 #include "snap/vmm/process.h"
@@ -31,8 +30,8 @@ class SnapshotJob {
 
   // Checks that only read; then the guard, the output file, the userfaultfd;
   // when this returns, the memory is registered and the target runs on.
-  // `qmp` is null for a process.
-  Status prepare(std::vector<MemoryBlock> blocks, Qmp* qmp);
+  // `qmp` is null for a process; `name` is the target's.
+  Status prepare(std::vector<MemoryBlock> blocks, Qmp* qmp, const std::string& name);
 
   // The target stands still from pause_begins() to pause_ended(). With
   // `resume_if_we_die`, the guard sends `cont` should we not get to the end.
@@ -63,8 +62,7 @@ class SnapshotJob {
   GuestMemory memory_;
   std::optional<KsmPause> ksm_;
   std::optional<Guard> guard_;
-  std::optional<AtomicFile> output_;
-  std::unique_ptr<ImageWriter> writer_;
+  std::unique_ptr<SnapshotOutput> output_;
   std::unique_ptr<Capture> capture_;
 };
 

@@ -115,7 +115,7 @@ Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& o
   VMSNAP_CHECK(check_disks(qmp, options));
   const VmRecord record = VMSNAP_TRY(record_vm(qmp, job.process(), state.running));
   const auto blocks = VMSNAP_TRY(read_ram_blocks(qmp, job.process()));
-  VMSNAP_CHECK(job.prepare(to_memory_blocks(blocks), &qmp));
+  VMSNAP_CHECK(job.prepare(to_memory_blocks(blocks), &qmp, record.name));
 
   DeviceStateTarget target = VMSNAP_TRY(DeviceStateTarget::prepare(qmp));
   std::vector<std::byte> device_state;

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <filesystem>
@@ -21,13 +22,15 @@ namespace fs = std::filesystem;
 
 namespace {
 
-// Two handles on one manifest: the bytes, and the lock that says it is in use.
+// The packs of a snapshot that is open: with the lock on its manifest that
+// says so.
 class HeldPacks : public PackSet {
  public:
-  HeldPacks(StorePaths paths, const SecretKey* master, Fd held)
-      : PackSet(std::move(paths), master), held_(std::move(held)) {}
+  HeldPacks(const Store& store, Fd held, std::shared_ptr<const Store> keep)
+      : PackSet(store.paths(), store.master()), keep_(std::move(keep)), held_(std::move(held)) {}
 
  private:
+  const std::shared_ptr<const Store> keep_;
   const Fd held_;
 };
 
@@ -126,12 +129,15 @@ Result<ImageFile> Store::open_manifest(const std::string& path) const {
       std::shared_ptr<const ByteSource>(VMSNAP_TRY(SealedSource::open(path, *master_))));
 }
 
-Result<std::unique_ptr<ImageReader>> Store::open_snapshot(const std::string& id) const {
-  const std::string path = paths_.snapshot(id);
+Result<std::unique_ptr<ImageReader>> Store::open_snapshot(
+    const std::string& id, std::shared_ptr<const Store> keep) const {
+  std::string path = paths_.snapshot(id);
+  // A VM may have been restored from it, and go on, when it was removed.
+  if (::access(path.c_str(), F_OK) != 0) path = paths_.in_trash(id);
   Fd held = VMSNAP_TRY(open_file(path, O_RDONLY | O_NONBLOCK));
   VMSNAP_CHECK(lock_shared(held, path));
   ImageFile manifest = VMSNAP_TRY(open_manifest(path));
-  auto packs = std::make_unique<HeldPacks>(paths_, master(), std::move(held));
+  auto packs = std::make_unique<HeldPacks>(*this, std::move(held), std::move(keep));
   packs->add_rows(VMSNAP_TRY(manifest.read_packs()));
   return ImageReader::open(std::move(manifest), std::move(packs));
 }

@@ -52,8 +52,9 @@ class Store {
   // A manifest at any path in the store.
   Result<ImageFile> open_manifest(const std::string& path) const;
   // The snapshot with this id, pages and all. While the reader lives, prune
-  // leaves its manifest alone.
-  Result<std::unique_ptr<ImageReader>> open_snapshot(const std::string& id) const;
+  // leaves its manifest alone. It borrows the store, or shares `keep`.
+  Result<std::unique_ptr<ImageReader>> open_snapshot(
+      const std::string& id, std::shared_ptr<const Store> keep = nullptr) const;
 
  private:
   Store(StorePaths paths, StoreLock use, std::optional<SecretKey> master);

@@ -9,6 +9,7 @@
 #include "formats/command.h"
 #include "formats/export.h"
 #include "formats/image_reader.h"
+#include "formats/store/image_argument.h"
 #include "formats/metadata.h"
 #include "formats/verify.h"
 
@@ -111,12 +112,12 @@ void show_text(const ImageReader& image, std::ostream& out) {
 }
 
 struct ShowOptions {
-  std::string file;
+  ImageArgument image;
   bool json = false;
 };
 
 Status show(CommandContext& context, const ShowOptions& options) {
-  const auto image = VMSNAP_TRY(ImageReader::open(options.file));
+  const auto image = VMSNAP_TRY(open_image(options.image));
   if (options.json) {
     print_json(context, show_json(*image));
   } else {
@@ -128,7 +129,7 @@ Status show(CommandContext& context, const ShowOptions& options) {
 void add_show(CLI::App& app, CommandContext& context) {
   const auto options = std::make_shared<ShowOptions>();
   CLI::App* command = app.add_subcommand("show", "Say what an image holds");
-  command->add_option("FILE", options->file, "The image")->required();
+  add_image_argument(*command, options->image)->required();
   command->add_flag("--json", options->json, "Print one JSON object");
   command->footer(
       "Examples:\n"
@@ -173,7 +174,7 @@ void verify_text(const VerifyReport& report, std::ostream& out) {
 }
 
 struct VerifyOptions {
-  std::string file;
+  ImageArgument image;
   bool json = false;
 };
 
@@ -185,7 +186,7 @@ Status verify(CommandContext& context, const VerifyOptions& options) {
                   << std::flush;
     };
   }
-  const VerifyReport report = VMSNAP_TRY(verify_image(options.file, progress));
+  const VerifyReport report = VMSNAP_TRY(verify_image(options.image.name, progress));
   if (options.json) {
     print_json(context, verify_json(report));
   } else {
@@ -197,7 +198,7 @@ Status verify(CommandContext& context, const VerifyOptions& options) {
 void add_verify(CLI::App& app, CommandContext& context) {
   const auto options = std::make_shared<VerifyOptions>();
   CLI::App* command = app.add_subcommand("verify", "Check every byte of an image");
-  command->add_option("FILE", options->file, "The image")->required();
+  add_image_argument(*command, options->image)->required();
   command->add_flag("--json", options->json, "Print one JSON object");
   command->footer(
       "Exits with status 9 if anything is damaged, and names every page that is lost.\n"
@@ -212,13 +213,13 @@ void add_verify(CLI::App& app, CommandContext& context) {
 // ---- export
 
 struct ExportOptions {
-  std::string file;
+  ImageArgument image;
   std::string raw;
   bool force = false;
 };
 
 Status export_image(CommandContext& context, const ExportOptions& options) {
-  const auto image = VMSNAP_TRY(ImageReader::open(options.file));
+  const auto image = VMSNAP_TRY(open_image(options.image));
   if (options.raw == "-") return export_raw(*image, context.out);
   const uint64_t written = VMSNAP_TRY(export_raw(*image, options.raw, options.force));
   context.out << fmt::format("{}: {}, of which {} are not holes\n", printable(options.raw),
@@ -229,7 +230,7 @@ Status export_image(CommandContext& context, const ExportOptions& options) {
 void add_export(CLI::App& app, CommandContext& context) {
   const auto options = std::make_shared<ExportOptions>();
   CLI::App* command = app.add_subcommand("export", "Write an image's memory as plain bytes");
-  command->add_option("FILE", options->file, "The image")->required();
+  add_image_argument(*command, options->image)->required();
   command
       ->add_option("--raw", options->raw,
                    "Where to: all regions one after the other, as 'show' lists them; "

@@ -1,0 +1,63 @@
+#include "formats/store/image_argument.h"
+
+#include <filesystem>
+#include <system_error>
+
+#include "formats/store/manifest.h"
+#include "formats/store/pack_file.h"
+
+namespace vmsnap {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+Result<std::unique_ptr<ImageReader>> open_in_store(const StoreOptions& options,
+                                                   const std::string& name, const std::string& vm) {
+  const std::shared_ptr<const Store> store = VMSNAP_TRY(Store::open(options));
+  const std::string id = VMSNAP_TRY(resolve_snapshot(*store, Where::snapshots, name, vm));
+  return store->open_snapshot(id, store);
+}
+
+// DIR of DIR/snapshots/ID, if DIR is a store; else empty.
+std::string store_around(const fs::path& path) {
+  layout::ImageId id;
+  std::error_code error;
+  const fs::path store = path.parent_path().parent_path();
+  const bool is_one = parse_id(path.filename().string(), id) &&
+                      path.parent_path().filename() == "snapshots" &&
+                      fs::exists(store / "store.json", error);
+  return is_one ? store.string() : std::string();
+}
+
+}  // namespace
+
+CLI::Option* add_store_option(CLI::App& command, StoreArgument& argument) {
+  CLI::Option* option =
+      command.add_option("--store", argument.directory, "The store")->type_name("DIR");
+  add_key_options(command, argument.key);
+  return option;
+}
+
+CLI::Option* add_image_argument(CLI::App& command, ImageArgument& argument) {
+  CLI::Option* option = command.add_option(
+      "FILE", argument.name,
+      "The image; with --store a snapshot: its id, the beginning of it, or 'latest'");
+  CLI::Option* store = add_store_option(command, argument.store);
+  command.add_option("--vm", argument.vm, "With 'latest': of the VM with this name")
+      ->type_name("NAME")
+      ->needs(store);
+  return option;
+}
+
+Result<std::unique_ptr<ImageReader>> open_image(const ImageArgument& argument) {
+  if (!argument.store.directory.empty()) {
+    return open_in_store(argument.store.options(), argument.name, argument.vm);
+  }
+  const fs::path path = fs::absolute(argument.name);
+  const std::string around = store_around(path);
+  if (around.empty()) return ImageReader::open(argument.name);
+  return open_in_store({around, argument.store.key}, path.filename().string(), {});
+}
+
+}  // namespace vmsnap

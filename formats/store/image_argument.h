@@ -1,0 +1,38 @@
+// How a command is told which image: a file, or a snapshot in a store.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <memory>
+#include <string>
+
+#include "formats/error.h"
+#include "formats/image_reader.h"
+#include "formats/key_source.h"
+#include "formats/store/store.h"
+
+namespace vmsnap {
+
+struct StoreArgument {
+  std::string directory;  // empty: none was given
+  KeySource key;
+
+  StoreOptions options() const { return {directory, key}; }
+};
+
+// --store DIR, and the options that say what its key is.
+CLI::Option* add_store_option(CLI::App& command, StoreArgument& argument);
+
+struct ImageArgument {
+  std::string name;  // a path; with a store an id, the beginning of one, or "latest"
+  StoreArgument store;
+  std::string vm;    // whose latest
+};
+
+// The positional argument FILE, and --store, --vm and the key's options.
+CLI::Option* add_image_argument(CLI::App& command, ImageArgument& argument);
+
+// A path may also be that of a snapshot in a store, as ImageReader::path()
+// says it: the store around it is opened then. The reader keeps its store open.
+Result<std::unique_ptr<ImageReader>> open_image(const ImageArgument& argument);
+
+}  // namespace vmsnap
