@@ -20,9 +20,10 @@ import tempfile
 CACHE = pathlib.Path(__file__).resolve().parents[1] / "cache"
 META_PACKAGE = "linux-image-cloud-amd64"
 
-# In this order; for a balloon, which gives guest memory back while the VM runs.
+# In this order; for a balloon, which gives guest memory back while the VM runs,
+# and for the disk of tests/bench/debian_guest.py.
 MODULES = ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
-           "virtio_pci", "virtio_balloon"]
+           "virtio_pci", "virtio_balloon", "virtio_blk"]
 
 INIT = """#!/bin/sh
 # The only process tree of the guest.
@@ -73,7 +74,9 @@ def kernel():
     """The path of a Debian cloud kernel, from the cache or fetched; the modules
     lie beside it."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    cached = sorted(CACHE.glob("kernel-*/vmlinuz"))
+    # An older cache may lack a module that was added to the list since.
+    cached = sorted(path for path in CACHE.glob("kernel-*/vmlinuz")
+                    if all((path.parent / f"{name}.ko").exists() for name in MODULES))
     if cached:
         return cached[-1]
     depends = _run("apt-cache", "depends", META_PACKAGE, stdout=subprocess.PIPE, text=True).stdout
@@ -99,14 +102,21 @@ def kernel():
             shutil.copyfile(next(root.rglob(f"{name}.ko")), part / f"{name}.ko")
         # Renamed into place, so that a broken run leaves no half of a kernel.
         final = CACHE / package.group(1).replace("linux-image", "kernel")
+        shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
     return final / "vmlinuz"
 
 
 def initramfs(mib=8):
     """The path of an initramfs whose memory check uses a file of `mib` MiB."""
+    return pack(f"initramfs-{mib}", INIT.replace("@MIB@", str(mib)))
+
+
+def pack(name, init):
+    """The path of an initramfs of busybox, the modules and `init`, in which
+    @MODULES@ becomes their names."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    target = CACHE / f"initramfs-{mib}.cpio.gz"
+    target = CACHE / f"{name}.cpio.gz"
     busybox = shutil.which("busybox")
     if busybox is None:
         raise RuntimeError("busybox is not installed (package busybox-static)")
@@ -117,10 +127,9 @@ def initramfs(mib=8):
         shutil.copy(busybox, root / "bin/busybox")
         (root / "bin/sh").symlink_to("busybox")
         (root / "modules").mkdir()
-        for name in MODULES:
-            shutil.copy(kernel().parent / f"{name}.ko", root / "modules")
-        (root / "init").write_text(INIT.replace("@MIB@", str(mib))
-                                   .replace("@MODULES@", " ".join(MODULES)))
+        for module in MODULES:
+            shutil.copy(kernel().parent / f"{module}.ko", root / "modules")
+        (root / "init").write_text(init.replace("@MODULES@", " ".join(MODULES)))
         (root / "init").chmod(0o755)
         part = CACHE / f".{target.name}.{os.getpid()}"
         with open(part, "wb") as out:
