@@ -3,7 +3,8 @@
 
 packages=(
   g++ cmake ninja-build pkg-config
-  libcli11-dev libexpected-dev libfmt-dev libgmock-dev libgtest-dev libsodium-dev libxxhash-dev
+  libcli11-dev libexpected-dev libfmt-dev libgmock-dev libgtest-dev libsodium-dev
+  libtomlplusplus-dev libxxhash-dev
   libzstd-dev nlohmann-json3-dev
   binutils busybox-static cpio gzip mandoc mount python3 python3-pytest
   qemu-system-x86 qemu-utils util-linux xz-utils zstd
