@@ -28,16 +28,20 @@ class FrameFiles {
   // ErrorCode::damaged if there is no such pack, or not the one it must be.
   // Valid as long as this object. Any number of threads; may block on the disk.
   virtual Result<FrameSource> source(uint64_t pack) const = 0;
+  // The id of the file, the same in every image that refers to it.
+  virtual Result<layout::ImageId> file_id(uint64_t pack) const = 0;
 };
 
 // Pack 0 only: the frames of an image that has them in its own file.
 class OwnFrames : public FrameFiles {
  public:
-  explicit OwnFrames(const FrameSource& source) : source_(source) {}
+  OwnFrames(const FrameSource& source, const layout::ImageId& id) : source_(source), id_(id) {}
   Result<FrameSource> source(uint64_t pack) const override;
+  Result<layout::ImageId> file_id(uint64_t) const override { return id_; }
 
  private:
   const FrameSource source_;
+  const layout::ImageId id_;
 };
 
 // The bytes of the page that `entry_bits`, not 0, refers to; its pack number

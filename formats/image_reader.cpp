@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "formats/image_file.h"
+#include "formats/page_entry.h"
 
 namespace vmsnap {
 
@@ -30,7 +31,7 @@ Result<std::unique_ptr<ImageReader>> ImageReader::open(const std::string& path) 
     return tl::unexpected(Error(ErrorCode::usage, path + " is a snapshot in a store, not an image")
                               .with_remedy("Give --store DIR and the snapshot's id."));
   }
-  auto frames = std::make_unique<OwnFrames>(file.own_frames());
+  auto frames = std::make_unique<OwnFrames>(file.own_frames(), file.header().id);
   return open(std::move(file), std::move(frames));
 }
 
@@ -85,6 +86,13 @@ Result<uint64_t> ImageReader::next_data_page(uint64_t page) const {
 Result<uint64_t> ImageReader::entry(uint64_t page) const {
   VMSNAP_CHECK(state_->check_page(page));
   return state_->tree.entry(page);
+}
+
+Result<PageLocation> ImageReader::location(uint64_t page) const {
+  const uint64_t bits = VMSNAP_TRY(entry(page));
+  if (bits == 0) return PageLocation();
+  const PageEntry entry = PageEntry::from_bits(bits);
+  return PageLocation{VMSNAP_TRY(state_->frames->file_id(entry.pack)), entry.offset, entry.slot};
 }
 
 Result<std::vector<uint64_t>> ImageReader::working_set() const {

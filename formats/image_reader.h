@@ -34,6 +34,14 @@ struct ImageSummary {
   uint64_t device_state_bytes = 0;
 };
 
+// All zero for a page of zeros.
+struct PageLocation {
+  layout::ImageId file = {};
+  uint64_t offset = 0;  // of its frame
+  uint64_t slot = 0;
+  bool operator==(const PageLocation&) const = default;
+};
+
 class ImageReader {
  public:
   // ErrorCode::damaged for what is not a whole image of ours,
@@ -62,9 +70,11 @@ class ImageReader {
   // Skips untouched gigabytes in O(tree blocks skipped). Thread-safe.
   Result<uint64_t> next_data_page(uint64_t page) const;
 
-  // The page entry as it is in the page tree: 0 for a zero page. Equal entries
-  // are equal pages. Thread-safe.
+  // The page entry as it is in the page tree: 0 for a zero page. Thread-safe.
   Result<uint64_t> entry(uint64_t page) const;
+
+  // Where the page is: pages at one place are equal. Thread-safe.
+  Result<PageLocation> location(uint64_t page) const;
 
   // Pages in the order in which the guest first wrote them after the instant,
   // as far as it was recorded.

@@ -39,6 +39,12 @@ inline constexpr std::array test_point_names = {
     std::string_view("store.packs_renamed"),    // all packs are, no manifest
     std::string_view("store.manifest_renamed"), // the snapshot is there
     std::string_view("store.indexed"),          // and the next one finds its pages
+    std::string_view("prune.manifest_deleted"), // one snapshot gone for good
+    std::string_view("prune.pack_condemned"),   // one dead pack out of sight
+    std::string_view("prune.epoch_ended"),      // all are, for whoever begins now
+    std::string_view("prune.pack_deleted"),     // one pack gone for good
+    std::string_view("repair.quarantined"),     // one file out of the way
+    std::string_view("repair.index_removed"),   // an index is to be made anew
     std::string_view("restore.start"),        // image open, run directory made
     std::string_view("restore.launched"),     // QEMU started, waiting
     std::string_view("restore.registered"),   // its RAM is served by us

@@ -271,7 +271,7 @@ Status VerifyReport::status() const {
 Result<VerifyReport> verify_image(const std::string& path, const VerifyProgress& progress) {
   const ImageFile file = VMSNAP_TRY(ImageFile::open(path));
   const ImageInfo info = VMSNAP_TRY(file.read_info());
-  const OwnFrames frames(file.own_frames());
+  const OwnFrames frames(file.own_frames(), file.header().id);
   return Verifier(file, info, frames, progress).run();
 }
 

@@ -7,6 +7,7 @@
 #include "formats/command.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
+#include "formats/store/store_commands.h"
 #include "restore/restore_commands.h"
 #include "snap/snapshot_command.h"
 
@@ -37,6 +38,7 @@ int main(int argc, char** argv) {
   add_snapshot_command(app, context);
   add_restore_commands(app, context);
   add_image_commands(app, context);
+  add_store_commands(app, context);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -1,16 +1,21 @@
 // The commands about image files: show, verify, export.
 #include <fmt/format.h>
+#include <unistd.h>
 
-#include <ctime>
+#include <charconv>
 #include <memory>
 #include <ostream>
 #include <string>
 
 #include "formats/command.h"
 #include "formats/export.h"
+#include "formats/clock.h"
 #include "formats/image_reader.h"
+#include "formats/interrupt.h"
+#include "formats/store/copy_image.h"
 #include "formats/store/image_argument.h"
-#include "formats/metadata.h"
+#include "formats/store/store_verify.h"
+#include "formats/text.h"
 #include "formats/verify.h"
 
 namespace vmsnap {
@@ -19,43 +24,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-// Text from elsewhere may hold anything, also what drives a terminal.
-std::string printable(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    const auto byte = static_cast<unsigned char>(c);
-    out += byte < 0x20 || byte == 0x7f ? fmt::format("\\x{:02x}", byte) : std::string(1, c);
-  }
-  return out;
-}
-
-std::string human_bytes(uint64_t bytes) {
-  constexpr const char* units[] = {"bytes", "KiB", "MiB", "GiB", "TiB", "PiB"};
-  if (bytes < 1024) return fmt::format("{} {}", bytes, units[0]);
-  auto value = static_cast<double>(bytes);
-  size_t unit = 0;
-  while (value >= 1024 && unit + 1 < std::size(units)) {
-    value /= 1024;
-    ++unit;
-  }
-  return fmt::format("{:.1f} {}", value, units[unit]);
-}
-
-// "2024-11-20 22:11:40.123 UTC"
-std::string utc_text(int64_t unix_ms) {
-  const std::time_t seconds = unix_ms / 1000;
-  std::tm utc = {};
-  ::gmtime_r(&seconds, &utc);
-  return fmt::format("{:04}-{:02}-{:02} {:02}:{:02}:{:02}.{:03} UTC", utc.tm_year + 1900,
-                     utc.tm_mon + 1, utc.tm_mday, utc.tm_hour, utc.tm_min, utc.tm_sec,
-                     unix_ms % 1000);
-}
-
 bool mapped(const Region& region) { return region.address != ~uint64_t{0}; }
-
-void print_json(const CommandContext& context, const Json& json) {
-  context.out << json.dump(2, ' ', false, Json::error_handler_t::replace) << '\n';
-}
 
 // ---- show
 
@@ -119,7 +88,7 @@ struct ShowOptions {
 Status show(CommandContext& context, const ShowOptions& options) {
   const auto image = VMSNAP_TRY(open_image(options.image));
   if (options.json) {
-    print_json(context, show_json(*image));
+    print_json(context.out, show_json(*image));
   } else {
     show_text(*image, context.out);
   }
@@ -175,20 +144,110 @@ void verify_text(const VerifyReport& report, std::ostream& out) {
 
 struct VerifyOptions {
   ImageArgument image;
+  std::string sample = "100%";
   bool json = false;
 };
 
-Status verify(CommandContext& context, const VerifyOptions& options) {
-  VerifyProgress progress;
-  if (context.terminal) {
-    progress = [&context](int percent) {
-      context.err << fmt::format("\r{:3} %{}", percent, percent == 100 ? "\r     \r" : "")
-                  << std::flush;
-    };
+VerifyProgress percent_on_terminal(CommandContext& context) {
+  if (!context.terminal) return {};
+  return [&context](int percent) {
+    context.err << fmt::format("\r{:3} %{}", percent, percent == 100 ? "\r     \r" : "")
+                << std::flush;
+  };
+}
+
+Result<double> parse_share(const std::string& text) {
+  double percent = 0;
+  const auto parsed = std::from_chars(text.data(), text.data() + text.size(), percent);
+  const std::string_view rest(parsed.ptr, text.data() + text.size() - parsed.ptr);
+  if (parsed.ec != std::errc() || (rest != "" && rest != "%") || !(percent > 0 && percent <= 100)) {
+    return fail(ErrorCode::usage, "--sample wants a share of 100, such as 5%, not '{}'", text);
   }
-  const VerifyReport report = VMSNAP_TRY(verify_image(options.image.name, progress));
+  return percent / 100;
+}
+
+Json store_verify_json(const StoreVerifyReport& report) {
+  Json lost = Json::array();
+  for (const auto& pages : report.lost) {
+    lost.push_back({{"snapshot", pages.id},
+                    {"vm", pages.vm},
+                    {"region", pages.region},
+                    {"offset", pages.offset},
+                    {"length", pages.page_count * page_size}});
+  }
+  return {{"ok", report.ok()},
+          {"snapshots", report.snapshots},
+          {"packs", {{"checked", report.packs_checked}, {"total", report.packs_total}}},
+          {"bytes", {{"checked", report.bytes_checked}, {"total", report.bytes_total}}},
+          {"damage", report.damage},
+          {"lost_pages", report.lost_pages},
+          {"lost", std::move(lost)}};
+}
+
+Status verify_whole_store(CommandContext& context, const VerifyOptions& options) {
+  const auto store = VMSNAP_TRY(Store::open(options.image.store.options()));
+  const StoreVerifyReport report = VMSNAP_TRY(verify_store(
+      *store, {.sample = VMSNAP_TRY(parse_share(options.sample)), .now_unix_ms = now_unix_ms()},
+      percent_on_terminal(context)));
   if (options.json) {
-    print_json(context, verify_json(report));
+    print_json(context.out, store_verify_json(report));
+    return report.status(store->paths());
+  }
+  for (const std::string& sentence : report.damage) context.out << printable(sentence) << '\n';
+  for (const auto& pages : report.lost) {
+    context.out << fmt::format("lost: snapshot {} of {} region {} offset {:#x} length {:#x}\n",
+                               pages.id, printable(pages.vm), printable(pages.region),
+                               pages.offset, pages.page_count * page_size);
+  }
+  context.out << fmt::format("{}: {} snapshots, {} of {} packs ({}) checked, {}\n",
+                             printable(store->paths().root), report.snapshots,
+                             report.packs_checked, report.packs_total,
+                             human_bytes(report.bytes_checked),
+                             report.ok() ? "all whole" : "damage found");
+  return report.status(store->paths());
+}
+
+// Reads every page back, as a restore would.
+Result<VerifyReport> verify_snapshot(const ImageReader& image, const VerifyProgress& progress) {
+  VerifyReport report;
+  report.path = image.path();
+  report.page_count = image.page_count();
+  std::array<std::byte, page_size> bytes;
+  for (uint64_t page = 0; page < report.page_count; ++page) {
+    const auto kind = image.read_page(page, bytes);
+    if (kind) {
+      ++(*kind == PageKind::zero ? report.zero_pages : report.data_pages);
+    } else {
+      ++report.damaged_pages;
+      ++report.damage_count;
+      if (report.damaged.size() < VerifyReport::max_listed) {
+        const Region& region = *find_region(image.info().regions, page);
+        report.damaged.push_back({page, 1, region.name, (page - region.first_page) * page_size,
+                                  kind.error().message()});
+      }
+    }
+    if (page % 4096 == 0) {
+      VMSNAP_CHECK(check_interrupted());
+      if (progress) progress(static_cast<int>(100 * page / report.page_count));
+    }
+  }
+  if (progress) progress(100);
+  VMSNAP_TRY(image.device_state());
+  return report;
+}
+
+Status verify(CommandContext& context, const VerifyOptions& options) {
+  const bool in_store = !options.image.store.directory.empty();
+  if (options.image.name.empty()) {
+    if (in_store) return verify_whole_store(context, options);
+    return fail(ErrorCode::usage, "verify wants an image, or --store DIR");
+  }
+  const VerifyProgress progress = percent_on_terminal(context);
+  const VerifyReport report =
+      in_store ? VMSNAP_TRY(verify_snapshot(*VMSNAP_TRY(open_image(options.image)), progress))
+               : VMSNAP_TRY(verify_image(options.image.name, progress));
+  if (options.json) {
+    print_json(context.out, verify_json(report));
   } else {
     verify_text(report, context.out);
   }
@@ -197,13 +256,18 @@ Status verify(CommandContext& context, const VerifyOptions& options) {
 
 void add_verify(CLI::App& app, CommandContext& context) {
   const auto options = std::make_shared<VerifyOptions>();
-  CLI::App* command = app.add_subcommand("verify", "Check every byte of an image");
-  add_image_argument(*command, options->image)->required();
+  CLI::App* command = app.add_subcommand("verify", "Check every byte of an image or a store");
+  add_image_argument(*command, options->image);
+  command
+      ->add_option("--sample", options->sample,
+                   "Share of a store's packs to check; those not checked for longest come first")
+      ->type_name("PERCENT");
   command->add_flag("--json", options->json, "Print one JSON object");
   command->footer(
       "Exits with status 9 if anything is damaged, and names every page that is lost.\n"
       "Examples:\n"
       "  vmsnap verify vm.img\n"
+      "  vmsnap verify --store /backup/vms --sample 5%\n"
       "  vmsnap verify --json vm.img | jq '.damaged[]'");
   command->callback([&context, options] {
     context.run = [&context, options] { return verify(context, *options); };
@@ -215,11 +279,22 @@ void add_verify(CLI::App& app, CommandContext& context) {
 struct ExportOptions {
   ImageArgument image;
   std::string raw;
+  std::string to_image;
   bool force = false;
 };
 
 Status export_image(CommandContext& context, const ExportOptions& options) {
+  if (options.raw.empty() == options.to_image.empty()) {
+    return fail(ErrorCode::usage, "export wants one of --raw and --image");
+  }
   const auto image = VMSNAP_TRY(open_image(options.image));
+  if (options.to_image == "-") return copy_image_to_pipe(*image, STDOUT_FILENO);
+  if (!options.to_image.empty()) {
+    const uint64_t bytes = VMSNAP_TRY(copy_image(*image, options.to_image, options.force));
+    context.out << fmt::format("{}: {} of memory in {}\n", printable(options.to_image),
+                               human_bytes(image->page_count() * page_size), human_bytes(bytes));
+    return {};
+  }
   if (options.raw == "-") return export_raw(*image, context.out);
   const uint64_t written = VMSNAP_TRY(export_raw(*image, options.raw, options.force));
   context.out << fmt::format("{}: {}, of which {} are not holes\n", printable(options.raw),
@@ -229,17 +304,19 @@ Status export_image(CommandContext& context, const ExportOptions& options) {
 
 void add_export(CLI::App& app, CommandContext& context) {
   const auto options = std::make_shared<ExportOptions>();
-  CLI::App* command = app.add_subcommand("export", "Write an image's memory as plain bytes");
+  CLI::App* command = app.add_subcommand("export", "Write an image's memory as plain bytes, or as an image file");
   add_image_argument(*command, options->image)->required();
   command
       ->add_option("--raw", options->raw,
                    "Where to: all regions one after the other, as 'show' lists them; "
-                   "'-' is standard output")
-      ->required();
+                   "'-' is standard output");
+  command->add_option("--image", options->to_image,
+                      "Where to, as an image file that needs no store; '-' is standard output");
   command->add_flag("-f,--force", options->force, "Replace the output file if it exists");
   command->footer(
       "Examples:\n"
       "  vmsnap export vm.img --raw vm.raw\n"
+      "  vmsnap export --store /backup/vms latest --image - | ssh host vmsnap import --store S -\n"
       "  vmsnap export vm.img --raw - | strings -n 12 | less");
   command->callback([&context, options] {
     context.run = [&context, options] { return export_image(context, *options); };

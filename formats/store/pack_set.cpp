@@ -77,6 +77,14 @@ uint64_t PackSet::size() const {
   return packs_.size();
 }
 
+Result<layout::ImageId> PackSet::file_id(uint64_t number) const {
+  std::shared_lock lock(mutex_);
+  if (number == 0 || number > packs_.size()) {
+    return damaged(paths_.root, "a page entry refers to pack number {}", number);
+  }
+  return packs_[number - 1]->row.id;
+}
+
 Result<FrameSource> PackSet::source(uint64_t number) const {
   const auto open = [](const Pack& pack) -> FrameSource {
     if (pack.fd >= 0) {

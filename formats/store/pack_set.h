@@ -40,6 +40,7 @@ class PackSet : public FrameFiles {
   uint64_t size() const;                       // numbers 1..size() are in use
 
   Result<FrameSource> source(uint64_t pack) const override;
+  Result<layout::ImageId> file_id(uint64_t pack) const override;
 
  private:
   struct Pack {

@@ -111,6 +111,11 @@ Result<std::unique_ptr<Store>> Store::open_or_create(const StoreOptions& options
   return open(options);
 }
 
+Status Store::begin_again() {
+  use_ = VMSNAP_TRY(StoreLock::use(paths_));
+  return {};
+}
+
 uint64_t Store::page_hash(std::span<const std::byte> page) const {
   return hash_key_ ? keyed_hash64(*hash_key_, page) : checksum(page, 0);
 }

@@ -41,7 +41,9 @@ class Store {
   const StorePaths& paths() const { return paths_; }
   // Null for a store that is not sealed.
   const SecretKey* master() const { return master_ ? &*master_ : nullptr; }
-  uint64_t epoch() const { return use_.epoch(); }
+  // Lets go of what was there before, as if the store were opened anew. Not
+  // while anything is open in it.
+  Status begin_again();
 
   // The hash by which equal pages are looked for; keyed in a sealed store, so
   // that the index tells nothing of the pages.
@@ -60,7 +62,7 @@ class Store {
   Store(StorePaths paths, StoreLock use, std::optional<SecretKey> master);
 
   const StorePaths paths_;
-  const StoreLock use_;
+  StoreLock use_;
   const std::optional<SecretKey> master_;
   std::optional<SecretKey> hash_key_;
 };

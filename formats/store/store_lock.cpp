@@ -54,7 +54,7 @@ Result<StoreLock> StoreLock::use(const StorePaths& paths) {
     const uint64_t epoch = VMSNAP_TRY(read_epoch(fd, paths));
     const bool locked = VMSNAP_TRY(try_lock(fd, paths, F_RDLCK, first_epoch_byte + epoch, 1));
     // Else an epoch ended in between, and may be looked at as unused already.
-    if (locked && VMSNAP_TRY(read_epoch(fd, paths)) == epoch) return StoreLock(std::move(fd), epoch);
+    if (locked && VMSNAP_TRY(read_epoch(fd, paths)) == epoch) return StoreLock(std::move(fd));
     VMSNAP_CHECK(check_interrupted());
   }
 }

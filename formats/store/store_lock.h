@@ -40,15 +40,12 @@ class StoreLock {
   // One at a time: changing an index. Waits.
   static Result<StoreLock> index(const StorePaths& paths);
 
-  uint64_t epoch() const { return epoch_; }  // of use()
-
  private:
-  explicit StoreLock(Fd fd, uint64_t epoch = 0) : fd_(std::move(fd)), epoch_(epoch) {}
+  explicit StoreLock(Fd fd) : fd_(std::move(fd)) {}
   static Result<StoreLock> exclusive(const StorePaths& paths, uint64_t byte,
                                      std::chrono::milliseconds wait, const char* what);
 
   Fd fd_;
-  uint64_t epoch_;
 };
 
 // With the commit lock held: the present epoch, and its end.

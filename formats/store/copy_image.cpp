@@ -1,0 +1,101 @@
+#include "formats/store/copy_image.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <utility>
+
+#include "formats/file.h"
+#include "formats/image_writer.h"
+#include "formats/interrupt.h"
+#include "formats/store/store_writer.h"
+
+namespace vmsnap {
+
+namespace {
+
+constexpr size_t batch_pages = 256;
+
+Status copy_pages(const ImageReader& from, ImageWriter& to) {
+  ImageWriter::Encoder encoder;
+  std::vector<uint64_t> numbers;
+  std::vector<std::byte> bytes(batch_pages * page_size);
+  const auto flush = [&]() -> Status {
+    VMSNAP_TRY(to.write_pages(encoder, numbers, std::span(bytes).first(numbers.size() * page_size)));
+    numbers.clear();
+    return check_interrupted();
+  };
+  for (uint64_t page = 0;; ++page) {
+    page = VMSNAP_TRY(from.next_data_page(page));
+    if (page >= from.page_count()) return flush();
+    const auto place = std::span(bytes).subspan(numbers.size() * page_size).first<page_size>();
+    VMSNAP_TRY(from.read_page(page, place));
+    numbers.push_back(page);
+    if (numbers.size() == batch_pages) VMSNAP_CHECK(flush());
+  }
+}
+
+Result<uint64_t> copy_to_fd(const ImageReader& image, int fd, const std::string& name) {
+  const auto writer = VMSNAP_TRY(ImageWriter::create(fd, name, image.page_count()));
+  VMSNAP_CHECK(copy_pages(image, *writer));
+  ImageInfo info = image.info();
+  info.domain.clear();
+  info.added_bytes = 0;
+  return writer->finish(info, VMSNAP_TRY(image.device_state()), VMSNAP_TRY(image.working_set()));
+}
+
+Result<Fd> unnamed_file(const std::string& directory) {
+  return open_file(directory, O_RDWR | O_TMPFILE);
+}
+
+}  // namespace
+
+Result<uint64_t> copy_image(const ImageReader& image, const std::string& path, bool replace) {
+  AtomicFile file = VMSNAP_TRY(AtomicFile::create(path, replace));
+  const uint64_t bytes = VMSNAP_TRY(copy_to_fd(image, file.fd(), path));
+  VMSNAP_CHECK(file.commit());
+  return bytes;
+}
+
+Status copy_image_to_pipe(const ImageReader& image, int fd) {
+  const char* directory = ::getenv("TMPDIR");
+  const Fd file = VMSNAP_TRY(unnamed_file(directory && *directory ? directory : "/var/tmp"));
+  const uint64_t length = VMSNAP_TRY(copy_to_fd(image, file.get(), "the image for standard output"));
+  std::vector<std::byte> buffer(1 << 20);
+  for (uint64_t done = 0; done < length; done += buffer.size()) {
+    buffer.resize(std::min<uint64_t>(buffer.size(), length - done));
+    VMSNAP_CHECK(read_exact_at(file.get(), buffer, done, "a temporary file"));
+    VMSNAP_CHECK(write_all(fd, buffer, "standard output"));
+    VMSNAP_CHECK(check_interrupted());
+  }
+  return {};
+}
+
+Result<Imported> import_image(const Store& store, const ImageReader& image,
+                              const std::string& domain, const std::vector<std::string>& tags) {
+  ImageInfo info = image.info();
+  for (const std::string& tag : tags) info.tags.push_back(tag);
+  const auto writer = VMSNAP_TRY(StoreWriter::begin(
+      store, info.regions, {.vm = vm_name(info), .domain = domain, .image = {}}));
+  VMSNAP_CHECK(copy_pages(image, writer->image()));
+  const auto committed = VMSNAP_TRY(writer->commit(info, VMSNAP_TRY(image.device_state()),
+                                                   VMSNAP_TRY(image.working_set())));
+  return Imported{writer->image().id(), committed.added_bytes};
+}
+
+Result<std::string> spool(int fd, const std::string& directory, Fd& held) {
+  held = VMSNAP_TRY(unnamed_file(directory));
+  std::vector<std::byte> buffer(1 << 20);
+  for (;;) {
+    const ssize_t got = ::read(fd, buffer.data(), buffer.size());
+    VMSNAP_CHECK(check_interrupted());
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return fail_errno(errno, "cannot read standard input");
+    if (got == 0) return fmt::format("/proc/self/fd/{}", held.get());
+    VMSNAP_CHECK(write_all(held.get(), std::span(buffer).first(static_cast<size_t>(got)), directory));
+  }
+}
+
+}  // namespace vmsnap

@@ -1,0 +1,257 @@
+#include "formats/store/prune.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <filesystem>
+#include <set>
+#include <system_error>
+
+#include "formats/image_file.h"
+#include "formats/interrupt.h"
+#include "formats/store/pack_file.h"
+#include "formats/test_point.h"
+
+namespace vmsnap {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+using PackIds = std::set<layout::ImageId>;
+
+Status rename_durably(const std::string& from, const std::string& to) {
+  if (::rename(from.c_str(), to.c_str()) < 0) {
+    return fail_errno(errno, "cannot rename {} to {}", from, to);
+  }
+  VMSNAP_CHECK(sync_directory_of(to));
+  return sync_directory_of(from);
+}
+
+uint64_t size_of(const std::string& path) {
+  std::error_code error;
+  const auto size = fs::file_size(path, error);
+  return error ? 0 : size;
+}
+
+// Whether somebody has the snapshot open: a VM that is restored from it.
+bool in_use(const std::string& manifest) {
+  const Fd fd(::open(manifest.c_str(), O_RDWR | O_CLOEXEC));
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  return fd && ::fcntl(fd.get(), F_OFD_SETLK, &lock) < 0;
+}
+
+class Pruner {
+ public:
+  Pruner(Store& store, const PruneOptions& options)
+      : store_(store), paths_(store.paths()), options_(options) {}
+
+  Result<PruneReport> run();
+
+ private:
+  Status list();
+  Status decide();
+  Status delete_from_trash();
+  Status remove_unkept();
+  Status add_needed(const std::string& directory);
+  Status condemn_dead_packs();
+  Status delete_condemned();
+
+  Store& store_;
+  const StorePaths& paths_;
+  const PruneOptions& options_;
+  SnapshotList snapshots_, trash_;
+  std::set<std::string> read_;  // manifests whose packs are in needed_
+  PackIds needed_;
+  PruneReport report_;
+};
+
+Status Pruner::list() {
+  snapshots_ = VMSNAP_TRY(list_snapshots(store_, Where::snapshots));
+  trash_ = VMSNAP_TRY(list_snapshots(store_, Where::trash));
+  for (const SnapshotList* list : {&snapshots_, &trash_}) {
+    if (list->unreadable.empty()) continue;
+    Error error = list->unreadable.front();
+    return tl::unexpected(
+        std::move(error)
+            .with_context("nothing was pruned, since it is not known which packs are needed")
+            .with_remedy("Run 'vmsnap verify --store " + paths_.root + "'."));
+  }
+  return {};
+}
+
+Status Pruner::decide() {
+  if (!options_.keep) {
+    report_.kept = snapshots_.snapshots.size();
+    return {};
+  }
+  std::vector<RetentionItem> items;
+  for (const SnapshotEntry& entry : snapshots_.snapshots) {
+    if (!options_.vm.empty() && entry.vm() != options_.vm) continue;
+    items.push_back({entry.id, entry.vm(), entry.info.created_unix_ms, entry.info.tags});
+    report_.decisions.push_back({entry, {}});
+  }
+  const auto decisions = VMSNAP_TRY(apply_keep_rule(items, *options_.keep, options_.now_unix_ms));
+  report_.kept = snapshots_.snapshots.size();
+  for (size_t i = 0; i < decisions.size(); ++i) {
+    report_.decisions[i].decision = decisions[i];
+    if (decisions[i].keep) continue;
+    --report_.kept;
+    ++report_.removed;
+  }
+  return {};
+}
+
+Status Pruner::delete_from_trash() {
+  for (const std::string& id : VMSNAP_TRY(manifest_ids(paths_.trash()))) {
+    const std::string path = paths_.in_trash(id);
+    if (in_use(path)) {
+      ++report_.in_use;
+      continue;
+    }
+    const uint64_t bytes = size_of(path);
+    const StoreLock lock = VMSNAP_TRY(StoreLock::commit(paths_));
+    // Else it was taken back in between.
+    if (::unlink(path.c_str()) < 0) {
+      if (errno != ENOENT) return fail_errno(errno, "cannot remove {}", path);
+      continue;
+    }
+    VMSNAP_TEST_POINT("prune.manifest_deleted");
+    ++report_.deleted;
+    report_.freed_bytes += bytes;
+  }
+  return sync_directory_of(paths_.trash() + "/.");
+}
+
+Status Pruner::remove_unkept() {
+  for (const PruneReport::Decision& d : report_.decisions) {
+    if (!d.decision.keep) VMSNAP_CHECK(remove_snapshot(store_, d.snapshot.id));
+  }
+  return {};
+}
+
+// The packs of manifests that were not read yet. One that vanishes meanwhile
+// went to the trash, which is read after the snapshots, or back, which makes it
+// found in the next call.
+Status Pruner::add_needed(const std::string& directory) {
+  for (const std::string& id : VMSNAP_TRY(manifest_ids(directory))) {
+    if (read_.contains(id)) continue;
+    const auto manifest = store_.open_manifest(directory + "/" + id);
+    if (!manifest && manifest.error().os_errno() == ENOENT) continue;
+    if (!manifest) return tl::unexpected(manifest.error());
+    for (const layout::PackRow& row : VMSNAP_TRY(manifest->read_packs())) {
+      if (row.referenced != 0) needed_.insert(row.id);
+    }
+    read_.insert(id);
+    VMSNAP_CHECK(check_interrupted());
+  }
+  return {};
+}
+
+Status Pruner::condemn_dead_packs() {
+  // Most of the reading first, so that commits wait for little.
+  VMSNAP_CHECK(add_needed(paths_.snapshots()));
+  VMSNAP_CHECK(add_needed(paths_.trash()));
+  const StoreLock lock = VMSNAP_TRY(StoreLock::commit(paths_));
+  // Nothing moves now.
+  VMSNAP_CHECK(add_needed(paths_.snapshots()));
+  VMSNAP_CHECK(add_needed(paths_.trash()));
+  const uint64_t epoch = VMSNAP_TRY(present_epoch(paths_));
+  bool any = false;
+  for (const std::string& name : VMSNAP_TRY(manifest_ids(paths_.packs()))) {
+    layout::ImageId id;
+    if (!parse_id(name, id) || needed_.contains(id)) continue;
+    const std::string to = fmt::format("{}/{}.{}", paths_.condemned(), epoch, name);
+    if (::rename(paths_.pack(id).c_str(), to.c_str()) < 0) {
+      return fail_errno(errno, "cannot rename {} to {}", paths_.pack(id), to);
+    }
+    any = true;
+    VMSNAP_TEST_POINT("prune.pack_condemned");
+  }
+  if (!any) return {};
+  VMSNAP_CHECK(sync_directory_of(paths_.condemned() + "/."));
+  VMSNAP_CHECK(sync_directory_of(paths_.packs() + "/."));
+  // Whoever begins from now on cannot have seen them.
+  VMSNAP_CHECK(end_epoch(paths_, epoch));
+  VMSNAP_TEST_POINT("prune.epoch_ended");
+  return {};
+}
+
+Status Pruner::delete_condemned() {
+  // We began in an epoch, too, and need nothing of it any more.
+  VMSNAP_CHECK(store_.begin_again());
+  std::vector<std::string> names;
+  std::error_code error;
+  fs::directory_iterator entry(paths_.condemned(), error);
+  for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
+    names.push_back(entry->path().filename().string());
+  }
+  if (error) return fail_errno(error.value(), "cannot list {}", paths_.condemned());
+  for (const std::string& name : names) {
+    const std::string path = paths_.condemned() + "/" + name;
+    uint64_t epoch = 0;
+    layout::ImageId id;
+    const size_t dot = name.find('.');
+    const auto parsed = std::from_chars(name.data(), name.data() + std::min(dot, name.size()), epoch);
+    if (dot == std::string::npos || parsed.ec != std::errc() ||
+        parsed.ptr != name.data() + dot || !parse_id(name.substr(dot + 1), id)) {
+      continue;  // not one of ours
+    }
+    if (needed_.contains(id)) {
+      // A crash between two renames: it is needed after all.
+      VMSNAP_CHECK(rename_durably(path, paths_.pack(id)));
+      continue;
+    }
+    const uint64_t bytes = size_of(path);
+    if (VMSNAP_TRY(epoch_in_use(paths_, epoch))) {
+      ++report_.packs_waiting;
+      report_.waiting_bytes += bytes;
+      continue;
+    }
+    if (::unlink(path.c_str()) < 0 && errno != ENOENT) {
+      return fail_errno(errno, "cannot remove {}", path);
+    }
+    ++report_.packs_deleted;
+    report_.freed_bytes += bytes;
+    VMSNAP_TEST_POINT("prune.pack_deleted");
+  }
+  return {};
+}
+
+Result<PruneReport> Pruner::run() {
+  const StoreLock lock = VMSNAP_TRY(StoreLock::maintain(paths_, options_.lock_wait));
+  VMSNAP_CHECK(list());
+  VMSNAP_CHECK(decide());
+  if (options_.dry_run) return std::move(report_);
+  remove_abandoned(paths_.temporary());
+  if (options_.empty_trash) VMSNAP_CHECK(remove_unkept());
+  VMSNAP_CHECK(delete_from_trash());
+  if (!options_.empty_trash) VMSNAP_CHECK(remove_unkept());
+  VMSNAP_CHECK(condemn_dead_packs());
+  VMSNAP_CHECK(delete_condemned());
+  return std::move(report_);
+}
+
+}  // namespace
+
+Status remove_snapshot(const Store& store, const std::string& id) {
+  const StoreLock lock = VMSNAP_TRY(StoreLock::commit(store.paths()));
+  return rename_durably(store.paths().snapshot(id), store.paths().in_trash(id));
+}
+
+Status undelete_snapshot(const Store& store, const std::string& id) {
+  const StoreLock lock = VMSNAP_TRY(StoreLock::commit(store.paths()));
+  return rename_durably(store.paths().in_trash(id), store.paths().snapshot(id));
+}
+
+Result<PruneReport> prune(Store& store, const PruneOptions& options) {
+  return Pruner(store, options).run();
+}
+
+}  // namespace vmsnap

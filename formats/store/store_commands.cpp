@@ -1,0 +1,399 @@
+// The commands about what is in a store: list, import, rm, undelete, prune,
+// repair, diff.
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <unistd.h>
+
+#include <memory>
+#include <ostream>
+
+#include "formats/clock.h"
+#include "formats/command.h"
+#include "formats/duration.h"
+#include "formats/retention.h"
+#include "formats/store/copy_image.h"
+#include "formats/store/image_argument.h"
+#include "formats/store/manifest.h"
+#include "formats/store/diff.h"
+#include "formats/store/prune.h"
+#include "formats/store/repair.h"
+#include "formats/store/store_commands.h"
+#include "formats/text.h"
+
+namespace vmsnap {
+
+namespace {
+
+using OrderedJson = nlohmann::ordered_json;
+
+// Empty is no time at all.
+Result<std::chrono::seconds> parse_wait(const std::string& text) {
+  return text.empty() ? std::chrono::seconds(0) : parse_clock_duration(text);
+}
+
+// ---- list
+
+struct ListOptions {
+  StoreArgument store;
+  std::string vm, tag, max_age;
+  bool trash = false, quiet = false, json = false;
+};
+
+OrderedJson entry_json(const SnapshotEntry& entry) {
+  return {{"id", entry.id},
+          {"vm", entry.vm()},
+          {"created_unix_ms", entry.info.created_unix_ms},
+          {"tags", entry.info.tags},
+          {"domain", entry.info.domain},
+          {"bytes",
+           {{"guest", entry.page_count * page_size},
+            {"used", (entry.page_count - entry.zero_pages) * page_size},
+            {"added", entry.info.added_bytes + entry.manifest_bytes}}}};
+}
+
+bool has_tag(const SnapshotEntry& entry, const std::string& tag) {
+  return tag.empty() || std::ranges::find(entry.info.tags, tag) != entry.info.tags.end();
+}
+
+Status check_age(const std::vector<SnapshotEntry>& found, const ListOptions& options) {
+  if (options.max_age.empty()) return {};
+  const std::chrono::milliseconds limit = VMSNAP_TRY(parse_clock_duration(options.max_age));
+  const std::string whose = options.vm.empty() ? "" : " of " + options.vm;
+  if (found.empty()) {
+    return fail(ErrorCode::stale, "{} has no snapshot{}", options.store.directory, whose);
+  }
+  const int64_t age = now_unix_ms() - found.back().info.created_unix_ms;
+  if (age <= limit.count()) return {};
+  return fail(ErrorCode::stale, "the newest snapshot{} in {} is {:.1f} hours old", whose,
+              options.store.directory, static_cast<double>(age) / 3'600'000);
+}
+
+Status list(CommandContext& context, const ListOptions& options) {
+  const auto store = VMSNAP_TRY(Store::open(options.store.options()));
+  SnapshotList all =
+      VMSNAP_TRY(list_snapshots(*store, options.trash ? Where::trash : Where::snapshots));
+  std::erase_if(all.snapshots, [&](const SnapshotEntry& entry) {
+    return (!options.vm.empty() && entry.vm() != options.vm) || !has_tag(entry, options.tag);
+  });
+  if (options.json) {
+    OrderedJson array = OrderedJson::array();
+    for (const SnapshotEntry& entry : all.snapshots) array.push_back(entry_json(entry));
+    print_json(context.out, array);
+  } else if (options.quiet) {
+    for (const SnapshotEntry& entry : all.snapshots) context.out << entry.id << '\n';
+  } else {
+    context.out << fmt::format("{:12}  {:27}  {:>10}  {:>10}  {:16}  {}\n", "id", "taken", "memory",
+                               "added", "vm", "tags");
+    for (const SnapshotEntry& entry : all.snapshots) {
+      context.out << fmt::format(
+          "{:12}  {:27}  {:>10}  {:>10}  {:16}  {}\n", entry.id.substr(0, 12),
+          utc_text(entry.info.created_unix_ms),
+          human_bytes((entry.page_count - entry.zero_pages) * page_size),
+          human_bytes(entry.info.added_bytes + entry.manifest_bytes), printable(entry.vm()),
+          fmt::join(entry.info.tags, ","));
+    }
+  }
+  if (!all.unreadable.empty()) return tl::unexpected(all.unreadable.front());
+  return check_age(all.snapshots, options);
+}
+
+void add_list(CLI::App& app, CommandContext& context) {
+  const auto options = std::make_shared<ListOptions>();
+  CLI::App* command = app.add_subcommand("list", "List the snapshots in a store");
+  add_store_option(*command, options->store)->required();
+  command->add_option("--vm", options->vm, "Only of the VM with this name")->type_name("NAME");
+  command->add_option("--tag", options->tag, "Only with this tag")->type_name("TAG");
+  command->add_option("--max-age", options->max_age,
+                      "Exit with status 13 if the newest one listed is older, such as 26h")
+      ->type_name("AGE");
+  command->add_flag("--trash", options->trash, "Those that were removed and not yet pruned");
+  command->add_flag("-q,--quiet", options->quiet, "Only ids");
+  command->add_flag("--json", options->json, "Print one JSON array");
+  command->footer(
+      "Examples:\n"
+      "  vmsnap list --store /backup/vms\n"
+      "  vmsnap list --store /backup/vms --vm web1 --max-age 26h --quiet");
+  command->callback([&context, options] {
+    context.run = [&context, options] { return list(context, *options); };
+  });
+}
+
+// ---- import
+
+struct ImportOptions {
+  std::string file;
+  StoreArgument store;
+  std::string domain;
+  std::vector<std::string> tags;
+};
+
+Status import_into_store(CommandContext& context, const ImportOptions& options) {
+  const auto store = VMSNAP_TRY(Store::open_or_create(options.store.options()));
+  Fd spooled;
+  const std::string path = options.file == "-"
+                               ? VMSNAP_TRY(spool(STDIN_FILENO, store->paths().temporary(), spooled))
+                               : options.file;
+  const auto image = VMSNAP_TRY(ImageReader::open(path));
+  const Imported imported = VMSNAP_TRY(import_image(*store, *image, options.domain, options.tags));
+  context.out << fmt::format("{} imported, {} added\n", imported.id,
+                             human_bytes(imported.added_bytes));
+  return {};
+}
+
+void add_import(CLI::App& app, CommandContext& context) {
+  const auto options = std::make_shared<ImportOptions>();
+  CLI::App* command = app.add_subcommand("import", "Put an image file into a store");
+  command->add_option("FILE", options->file, "The image; '-' is standard input")->required();
+  add_store_option(*command, options->store)->required();
+  command->add_option("--tag", options->tags, "Word to find it by (repeatable)")
+      ->type_name("TAG")
+      ->allow_extra_args(false);
+  command->add_option("--dedup-domain", options->domain,
+                      "Share pages only with snapshots of the same domain")
+      ->type_name("NAME");
+  command->footer(
+      "Examples:\n"
+      "  vmsnap import vm.img --store /backup/vms --tag imported");
+  command->callback([&context, options] {
+    context.run = [&context, options] { return import_into_store(context, *options); };
+  });
+}
+
+// ---- rm, undelete
+
+struct NamedOptions {
+  StoreArgument store;
+  std::vector<std::string> names;
+};
+
+Status move_snapshots(CommandContext& context, const NamedOptions& options, Where from) {
+  const auto store = VMSNAP_TRY(Store::open(options.store.options()));
+  // All of them are looked up before any is touched.
+  std::vector<std::string> ids;
+  for (const std::string& name : options.names) {
+    ids.push_back(VMSNAP_TRY(resolve_snapshot(*store, from, name)));
+  }
+  for (const std::string& id : ids) {
+    if (from == Where::snapshots) {
+      VMSNAP_CHECK(remove_snapshot(*store, id));
+      context.out << fmt::format("{} removed; 'vmsnap undelete' takes it back until 'vmsnap prune'\n",
+                                 id);
+    } else {
+      VMSNAP_CHECK(undelete_snapshot(*store, id));
+      context.out << fmt::format("{} is back\n", id);
+    }
+  }
+  return {};
+}
+
+void add_move(CLI::App& app, CommandContext& context, const char* name, const char* what,
+              Where from) {
+  const auto options = std::make_shared<NamedOptions>();
+  CLI::App* command = app.add_subcommand(name, what);
+  command->add_option("ID", options->names, "The snapshots: ids, or their beginnings")->required();
+  add_store_option(*command, options->store)->required();
+  command->footer(fmt::format("Examples:\n  vmsnap {} --store /backup/vms 3f2a", name));
+  command->callback([&context, options, from] {
+    context.run = [&context, options, from] { return move_snapshots(context, *options, from); };
+  });
+}
+
+// ---- prune
+
+struct PruneArguments {
+  StoreArgument store;
+  KeepRule keep;
+  PruneOptions options;
+  std::string lock_wait;  // empty: not at all
+  bool json = false;
+};
+
+OrderedJson prune_json(const PruneReport& report) {
+  OrderedJson decisions = OrderedJson::array();
+  for (const auto& [snapshot, decision] : report.decisions) {
+    decisions.push_back({{"id", snapshot.id},
+                         {"vm", snapshot.vm()},
+                         {"created_unix_ms", snapshot.info.created_unix_ms},
+                         {"keep", decision.keep},
+                         {"reasons", decision.reasons}});
+  }
+  return {{"kept", report.kept},
+          {"removed", report.removed},
+          {"deleted", report.deleted},
+          {"in_use", report.in_use},
+          {"packs_deleted", report.packs_deleted},
+          {"freed_bytes", report.freed_bytes},
+          {"packs_waiting", report.packs_waiting},
+          {"waiting_bytes", report.waiting_bytes},
+          {"decisions", std::move(decisions)}};
+}
+
+void prune_text(const PruneReport& report, const PruneOptions& options, std::ostream& out) {
+  for (const auto& [snapshot, decision] : report.decisions) {
+    out << fmt::format("{} {} {} {}{}\n", decision.keep ? "keep  " : "remove",
+                       snapshot.id.substr(0, 12), utc_text(snapshot.info.created_unix_ms),
+                       printable(snapshot.vm()),
+                       decision.keep ? fmt::format(": {}", fmt::join(decision.reasons, ", ")) : "");
+  }
+  if (options.dry_run) {
+    out << fmt::format("{} would be kept, {} removed\n", report.kept, report.removed);
+    return;
+  }
+  out << fmt::format("{} kept, {} put into the trash, {} deleted from it, {} freed\n", report.kept,
+                     report.removed, report.deleted, human_bytes(report.freed_bytes));
+  if (report.removed != 0 && !options.empty_trash) {
+    out << "What is in the trash is deleted by the next prune.\n";
+  }
+  if (report.packs_waiting != 0) {
+    out << fmt::format("{} more are freed by the next prune: somebody may be reading them\n",
+                       human_bytes(report.waiting_bytes));
+  }
+}
+
+Status run_prune(CommandContext& context, PruneArguments& arguments) {
+  PruneOptions options = arguments.options;
+  if (check_keep_rule(arguments.keep)) options.keep = arguments.keep;
+  if (!options.keep && !options.vm.empty()) {
+    return fail(ErrorCode::usage, "--vm says for which VM to keep what: give a --keep- option, too");
+  }
+  options.lock_wait = VMSNAP_TRY(parse_wait(arguments.lock_wait));
+  options.now_unix_ms = now_unix_ms();
+  const auto store = VMSNAP_TRY(Store::open(arguments.store.options()));
+  const PruneReport report = VMSNAP_TRY(prune(*store, options));
+  if (arguments.json) {
+    print_json(context.out, prune_json(report));
+  } else {
+    prune_text(report, options, context.out);
+  }
+  return {};
+}
+
+void add_prune(CLI::App& app, CommandContext& context) {
+  const auto arguments = std::make_shared<PruneArguments>();
+  CLI::App* command =
+      app.add_subcommand("prune", "Remove old snapshots by rules, and free what nobody needs");
+  add_store_option(*command, arguments->store)->required();
+  add_keep_options(*command, arguments->keep);
+  command->add_option("--vm", arguments->options.vm, "Only snapshots of the VM with this name")
+      ->type_name("NAME");
+  command->add_flag("-n,--dry-run", arguments->options.dry_run,
+                    "Say what would be kept and why, and do nothing");
+  command->add_flag("--empty-trash", arguments->options.empty_trash,
+                    "Also delete for good what this run removes");
+  command->add_option("--lock-wait", arguments->lock_wait,
+                      "How long to wait for another prune, such as 10m")
+      ->type_name("TIME");
+  command->add_flag("--json", arguments->json, "Print one JSON object");
+  command->footer(
+      "Without a --keep- option no snapshot is removed; what was removed before is deleted.\n"
+      "Examples:\n"
+      "  vmsnap prune --store /backup/vms --keep-daily 7 --keep-weekly 4 --dry-run\n"
+      "  vmsnap prune --store /backup/vms --keep-last 3 --vm web1");
+  command->callback([&context, arguments] {
+    context.run = [&context, arguments] { return run_prune(context, *arguments); };
+  });
+}
+
+// ---- repair
+
+struct RepairOptions {
+  StoreArgument store;
+  std::string lock_wait;  // empty: not at all
+};
+
+Status repair(CommandContext& context, const RepairOptions& options) {
+  const auto wait = VMSNAP_TRY(parse_wait(options.lock_wait));
+  const auto store = VMSNAP_TRY(Store::open(options.store.options()));
+  const RepairReport report = VMSNAP_TRY(repair_store(*store, wait, now_unix_ms()));
+  for (const std::string& sentence : report.done) context.out << printable(sentence) << '\n';
+  if (report.lost_pages == 0) return {};
+  return tl::unexpected(
+      Error(ErrorCode::damaged, fmt::format("{} pages of snapshots in {} stay lost",
+                                            report.lost_pages, store->paths().root))
+          .with_remedy("Take new snapshots of these VMs: what they still have is stored again."));
+}
+
+void add_repair(CLI::App& app, CommandContext& context) {
+  const auto options = std::make_shared<RepairOptions>();
+  CLI::App* command = app.add_subcommand(
+      "repair", "Put what is damaged in a store into quarantine, and make its indexes anew");
+  add_store_option(*command, options->store)->required();
+  command->add_option("--lock-wait", options->lock_wait,
+                      "How long to wait for another prune or repair, such as 10m")
+      ->type_name("TIME");
+  command->footer("Examples:\n  vmsnap repair --store /backup/vms");
+  command->callback([&context, options] {
+    context.run = [&context, options] { return repair(context, *options); };
+  });
+}
+
+// ---- diff
+
+struct DiffOptions {
+  StoreArgument store;
+  std::string a, b;
+  bool json = false;
+};
+
+Status diff(CommandContext& context, const DiffOptions& options) {
+  const auto a = VMSNAP_TRY(open_image({options.a, options.store, {}}));
+  const auto b = VMSNAP_TRY(open_image({options.b, options.store, {}}));
+  const SnapshotDiff diff = VMSNAP_TRY(diff_snapshots(*a, *b));
+  if (options.json) {
+    OrderedJson ranges = OrderedJson::array();
+    for (const SnapshotDiff::Range& range : diff.ranges) {
+      ranges.push_back(
+          {{"region", range.region}, {"offset", range.offset}, {"length", range.length}});
+    }
+    print_json(context.out, {{"a", a->info().id},
+                             {"b", b->info().id},
+                             {"pages", diff.pages},
+                             {"changed_pages", diff.changed_pages},
+                             {"changed_bytes", diff.changed_pages * page_size},
+                             {"only_in_a", diff.only_in_a},
+                             {"only_in_b", diff.only_in_b},
+                             {"ranges", std::move(ranges)}});
+    return {};
+  }
+  for (const SnapshotDiff::Range& range : diff.ranges) {
+    context.out << fmt::format("{} offset {:#x} length {:#x}\n", printable(range.region),
+                               range.offset, range.length);
+  }
+  if (diff.ranges.size() == SnapshotDiff::max_ranges) context.out << "...\n";
+  for (const auto& [regions, which] : {std::pair(&diff.only_in_a, &a), std::pair(&diff.only_in_b, &b)}) {
+    for (const std::string& region : *regions) {
+      context.out << fmt::format("region {} is only in {}\n", printable(region),
+                                 (*which)->info().id);
+    }
+  }
+  context.out << fmt::format("{} of {} pages differ ({})\n", diff.changed_pages, diff.pages,
+                             human_bytes(diff.changed_pages * page_size));
+  return {};
+}
+
+void add_diff(CLI::App& app, CommandContext& context) {
+  const auto options = std::make_shared<DiffOptions>();
+  CLI::App* command = app.add_subcommand("diff", "Say what changed between two snapshots");
+  command->add_option("A", options->a, "An image, or with --store a snapshot")->required();
+  command->add_option("B", options->b, "Another one")->required();
+  add_store_option(*command, options->store);
+  command->add_flag("--json", options->json, "Print one JSON object");
+  command->footer("Examples:\n  vmsnap diff --store /backup/vms 3f2a latest");
+  command->callback([&context, options] {
+    context.run = [&context, options] { return diff(context, *options); };
+  });
+}
+
+}  // namespace
+
+void add_store_commands(CLI::App& app, CommandContext& context) {
+  add_list(app, context);
+  add_import(app, context);
+  add_move(app, context, "rm", "Put snapshots of a store into its trash", Where::snapshots);
+  add_move(app, context, "undelete", "Take snapshots out of a store's trash", Where::trash);
+  add_prune(app, context);
+  add_repair(app, context);
+  add_diff(app, context);
+}
+
+}  // namespace vmsnap
