@@ -62,7 +62,7 @@ def test_every_exit_status_is_in_the_manual():
             f"exit status {number} ({name}) is not listed in vmsnap.1")
 
 
-@pytest.mark.parametrize("page", ["vmsnap.1", "vmsnap-image.5"])
+@pytest.mark.parametrize("page", ["vmsnap.1", "vmsnap-backup.5", "vmsnap-image.5"])
 def test_manual_pages_are_clean(page):
     harness.need(shutil.which("mandoc"), "mandoc", "not installed")
     done = subprocess.run(["mandoc", "-Tlint", "-W", "warning", harness.SOURCE / "man" / page],
