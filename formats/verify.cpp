@@ -19,20 +19,21 @@ constexpr size_t chunk_size = 1 << 20;
 
 class Verifier {
  public:
-  Verifier(const ImageFile& file, const ImageInfo& info, const FrameFiles& frames,
+  Verifier(const ImageFile& file, const ImageInfo& info, const PageCheck& check,
            const VerifyProgress& progress)
       : file_(file),
         info_(info),
         progress_(progress),
-        frames_(frames),
+        check_(check),
         tree_(file.source(), file.tree_shape()),
         next_block_(tree_.shape().begin) {
     report_.path = file.path();
     report_.page_count = file.trailer().page_count;
   }
 
-  VerifyReport run() {
-    check_frames();
+  // `frames_elsewhere`: what the trailer counts is not in this file.
+  VerifyReport run(bool frames_elsewhere) {
+    check_frames(frames_elsewhere ? 0 : file_.trailer().stored_pages);
     check_tree();
     check_sections();
     check_padding();
@@ -41,7 +42,7 @@ class Verifier {
   }
 
  private:
-  void check_frames();
+  void check_frames(uint64_t stored_pages);
   void check_tree();
   void check_block(uint32_t level, uint64_t index, layout::Reference reference);
   void check_leaf(uint64_t first_page, const PageTree::Block& block);
@@ -66,24 +67,23 @@ class Verifier {
   const ImageFile& file_;
   const ImageInfo& info_;
   const VerifyProgress& progress_;
-  const FrameFiles& frames_;
+  const PageCheck& check_;
   const PageTree tree_;
   VerifyReport report_;
   uint64_t next_block_;  // where post-order puts the next tree block
   bool tree_whole_ = true;
-  uint64_t last_entry_ = 0;  // the last one that was read back whole
   int shown_percent_ = -1;
 };
 
-void Verifier::check_frames() {
+void Verifier::check_frames(uint64_t stored_pages) {
   const uint64_t end = file_.trailer().frames_end;
   const auto walk = walk_frames(
       file_, [&](const Error& error) { other(error); },
       [&](uint64_t offset) { show_half(0, offset, end); });
   if (!walk) return other(walk.error());
-  if (walk->pages != file_.trailer().stored_pages) {
-    other(damage(file_.path(), "it holds {} stored pages, but its trailer says {}", walk->pages,
-                 file_.trailer().stored_pages));
+  if (walk->pages != stored_pages) {
+    other(damage(file_.path(), "it holds {} stored pages, but must hold {}", walk->pages,
+                 stored_pages));
   }
 }
 
@@ -131,7 +131,6 @@ void Verifier::check_block(uint32_t level, uint64_t index, layout::Reference ref
 }
 
 void Verifier::check_leaf(uint64_t first_page, const PageTree::Block& block) {
-  std::array<std::byte, page_size> bytes;
   const uint64_t count = std::min(layout::leaf_entries, report_.page_count - first_page);
   for (uint64_t slot = 0; slot < count; ++slot) {
     const uint64_t entry = block.entry(slot);
@@ -139,15 +138,12 @@ void Verifier::check_leaf(uint64_t first_page, const PageTree::Block& block) {
       ++report_.zero_pages;
       continue;
     }
-    if (entry != last_entry_) {
-      const Status read = read_stored_page(frames_, entry, bytes);
-      if (!read) {
-        damaged_pages(first_page + slot, 1, read.error());
-        continue;
-      }
+    const Status checked = check_(entry);
+    if (checked) {
+      ++report_.data_pages;
+    } else {
+      damaged_pages(first_page + slot, 1, checked.error());
     }
-    last_entry_ = entry;
-    ++report_.data_pages;
   }
 }
 
@@ -272,7 +268,20 @@ Result<VerifyReport> verify_image(const std::string& path, const VerifyProgress&
   const ImageFile file = VMSNAP_TRY(ImageFile::open(path));
   const ImageInfo info = VMSNAP_TRY(file.read_info());
   const OwnFrames frames(file.own_frames(), file.header().id);
-  return Verifier(file, info, frames, progress).run();
+  uint64_t last_entry = 0;  // the last one that was read back whole
+  const PageCheck read_back = [&](uint64_t entry) -> Status {
+    if (entry == last_entry) return {};
+    std::array<std::byte, page_size> bytes;
+    VMSNAP_CHECK(read_stored_page(frames, entry, bytes));
+    last_entry = entry;
+    return {};
+  };
+  return Verifier(file, info, read_back, progress).run(/*frames_elsewhere=*/false);
+}
+
+VerifyReport verify_manifest(const ImageFile& file, const ImageInfo& info, const PageCheck& check) {
+  const VerifyProgress no_progress;
+  return Verifier(file, info, check, no_progress).run(/*frames_elsewhere=*/true);
 }
 
 }  // namespace vmsnap

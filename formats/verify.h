@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "formats/error.h"
+#include "formats/image_file.h"
 
 namespace vmsnap {
 
@@ -48,5 +49,13 @@ using VerifyProgress = std::function<void(int percent)>;
 // image. One thread; blocks on the disk. An error only if the file cannot be
 // opened as an image or read at all; damage further in is in the report.
 Result<VerifyReport> verify_image(const std::string& path, const VerifyProgress& progress = {});
+
+// Whether a page entry, not 0, leads to a page.
+using PageCheck = std::function<Status(uint64_t entry)>;
+
+// The same for a manifest, whose frames are in packs: every byte of it is
+// checked here, and its pages by `check`, which is called once for each page
+// that is not zero, in page order.
+VerifyReport verify_manifest(const ImageFile& file, const ImageInfo& info, const PageCheck& check);
 
 }  // namespace vmsnap

@@ -53,6 +53,10 @@ Result<std::unique_ptr<PackFile>> PackFile::open(const std::string& path, const 
   }
   if (header.id != id) return damaged(path, "it is another pack than its name says");
   pack->sealed_ = header.flags & layout::pack_sealed;
+  if (master && !pack->sealed_) {
+    // Whoever put it there does not have the key.
+    return damaged(path, "it is not sealed, in a store that is");
+  }
   if (pack->sealed_ && master) pack->key_ = master->derive("pack", id);
   return pack;
 }

@@ -1,0 +1,46 @@
+#include "formats/store/verify_state.h"
+
+#include <nlohmann/json.hpp>
+
+#include "formats/file.h"
+#include "formats/image_file.h"
+#include "formats/store/pack_file.h"
+
+namespace vmsnap {
+
+namespace {
+
+constexpr size_t max_verify_state = 64 << 20;  // more packs than a store may have
+
+}  // namespace
+
+VerifyState VerifyState::load(const StorePaths& paths) {
+  const auto text = read_small_file(paths.verified(), max_verify_state);
+  if (!text) return {};
+  const auto json = nlohmann::json::parse(*text, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object() || !json.contains("packs") || !json["packs"].is_object()) return {};
+  VerifyState state;
+  if (json.contains("began") && json["began"].is_number_integer()) {
+    state.began_unix_ms = json["began"].get<int64_t>();
+  }
+  for (const auto& [name, pack] : json["packs"].items()) {
+    layout::ImageId id;
+    if (!parse_id(name, id) || !pack.is_object() || !pack.contains("at") ||
+        !pack["at"].is_number_integer() || !pack.contains("ok") || !pack["ok"].is_boolean()) {
+      return {};
+    }
+    state.packs[id] = {pack["at"].get<int64_t>(), pack["ok"].get<bool>()};
+  }
+  return state;
+}
+
+Status VerifyState::save(const StorePaths& paths) const {
+  nlohmann::json json = {{"packs", nlohmann::json::object()}};
+  if (began_unix_ms != 0) json["began"] = began_unix_ms;
+  for (const auto& [id, pack] : packs) {
+    json["packs"][id_text(id)] = {{"at", pack.at_unix_ms}, {"ok", pack.ok}};
+  }
+  return write_small_file(paths.verified(), json.dump() + "\n");
+}
+
+}  // namespace vmsnap

@@ -1,0 +1,183 @@
+#include <sys/stat.h>
+
+#include <set>
+
+#include "formats/image_file.h"
+#include "formats/store/store_verify.h"
+#include "formats/store/verify_state.h"
+#include "tests/store/test_store.h"
+
+namespace vmsnap {
+namespace {
+
+class VerifyingAStore : public StoreTest {
+ protected:
+  // Of at least `count` packs, in no order.
+  std::vector<std::string> packs_of(const Store& store) {
+    std::vector<std::string> paths;
+    for (const auto& entry : std::filesystem::directory_iterator(store.paths().packs())) {
+      paths.push_back(entry.path());
+    }
+    return paths;
+  }
+
+  static void flip(const std::string& path, uint64_t offset) {
+    auto bytes = read_file(path);
+    bytes.at(offset) ^= std::byte{1};
+    write_file(path, bytes);
+  }
+
+  static std::vector<PageBytes> random_pages(uint64_t first, size_t count) {
+    std::vector<PageBytes> pages;
+    for (size_t i = 0; i < count; ++i) pages.push_back(random_page(first + i));
+    return pages;
+  }
+};
+
+TEST_F(VerifyingAStore, FindsNothingInAWholeOne) {
+  const auto store = open();
+  write(*store, texts(0, 700), {.vm = "a"});
+  write(*store, random_pages(0, 600), {.vm = "b", .pack_bytes = 1 << 20});
+  const Written gone = write(*store, texts(300, 700), {.vm = "c"});
+  std::filesystem::rename(store->paths().snapshot(gone.id), store->paths().in_trash(gone.id));
+  uint64_t last = 0;
+  const StoreVerifyReport report =
+      verify_store(*store, {}, [&](const StoreVerifyProgress& p) { last = p.packs_done; }).value();
+  EXPECT_TRUE(report.ok()) << report.status().error().message();
+  EXPECT_EQ(report.snapshots, 3u);
+  EXPECT_EQ(report.packs, files_in(store->paths().packs()));
+  EXPECT_EQ(report.packs_checked, report.packs);
+  EXPECT_EQ(last, report.packs);
+  EXPECT_EQ(report.frames_checked, 700u + 600 + 300);
+  EXPECT_EQ(VerifyState::load(store->paths()).packs.size(), report.packs);
+}
+
+TEST_F(VerifyingAStore, FindsNothingInAWholeSealedOne) {
+  seal_store();
+  const auto store = open();
+  write(*store, texts(0, 700));
+  const StoreVerifyReport report = verify_store(*store, {}).value();
+  EXPECT_TRUE(report.ok()) << report.status().error().message();
+  EXPECT_EQ(report.frames_checked, 700u);
+  // What needs no key is checked without one.
+  layout::ImageId id;
+  ASSERT_TRUE(parse_id(std::filesystem::path(packs_of(*store)[0]).filename().string(), id));
+  const PackCheck check = check_pack(store->paths(), id, nullptr, {}).value();
+  EXPECT_TRUE(check.whole()) << check.reasons[0];
+  EXPECT_EQ(check.frames, 700u);
+  flip(packs_of(*store)[0], layout::frames_begin + 40);
+  EXPECT_EQ(check_pack(store->paths(), id, nullptr, {}).value().lost_frames,
+            std::vector<uint64_t>{layout::frames_begin});
+}
+
+TEST_F(VerifyingAStore, NamesTheSnapshotsAndPagesThatAreHit) {
+  const auto store = open();
+  const std::vector<PageBytes> pages = random_pages(0, 20);
+  const Written a = write(*store, pages, {.vm = "a"}, 1000);
+  const Written b = write(*store, texts(0, 20), {.vm = "b"}, 2000);
+  // The frames of pages 0 and 1 are the first two of their pack.
+  layout::ImageId id;
+  std::string pack;
+  for (const std::string& path : packs_of(*store)) {
+    if (std::filesystem::file_size(path) > 20 * page_size) pack = path;
+  }
+  ASSERT_TRUE(parse_id(std::filesystem::path(pack).filename().string(), id));
+  flip(pack, layout::frames_begin + 100);
+  flip(pack, layout::frames_begin + 100 + page_size);
+
+  const StoreVerifyReport report = verify_store(*store, {}).value();
+  ASSERT_EQ(report.damaged_packs.size(), 1u);
+  EXPECT_EQ(report.damaged_packs[0].id, id);
+  EXPECT_EQ(report.damaged_packs[0].lost_frames,
+            (std::vector<uint64_t>{layout::frames_begin, layout::frames_begin + 16 + page_size}));
+  ASSERT_EQ(report.damaged_snapshots.size(), 1u);
+  const StoreVerifyReport::Snapshot& hit = report.damaged_snapshots[0];
+  EXPECT_EQ(hit.id, a.id);
+  EXPECT_EQ(hit.vm, "a");
+  EXPECT_EQ(hit.created_unix_ms, 1000);
+  ASSERT_EQ(hit.report.damaged.size(), 1u);
+  EXPECT_EQ(hit.report.damaged[0].region, "region0");
+  EXPECT_EQ(hit.report.damaged[0].offset, 0u);
+  EXPECT_EQ(hit.report.damaged[0].page_count, 2u);
+  EXPECT_EQ(report.status().error().code(), ErrorCode::damaged);
+  EXPECT_NE(report.status().error().remedy().find("vmsnap repair --store"), std::string::npos);
+  // The other one alone is whole.
+  EXPECT_TRUE(verify_store(*store, {.snapshots = {b.id}}).value().ok());
+  EXPECT_EQ(verify_store(*store, {.snapshots = {"x"}}).error().code(), ErrorCode::usage);
+}
+
+TEST_F(VerifyingAStore, DoesNotMissPacksThatNobodyNeeds) {
+  const auto store = open();
+  const Written a = write(*store, texts(0, 20), {.vm = "a"});
+  const auto pack = packs_of(*store).at(0);
+  write(*store, texts(50, 20), {.vm = "b"});
+  std::filesystem::remove(store->paths().snapshot(a.id));
+  std::filesystem::remove(pack);
+  EXPECT_TRUE(verify_store(*store, {}).value().ok());
+}
+
+TEST_F(VerifyingAStore, FindsPacksThatWaitToBeDeleted) {
+  const auto store = open();
+  write(*store, texts(0, 20));
+  const std::filesystem::path pack = packs_of(*store).at(0);
+  std::filesystem::rename(pack, store->paths().condemned() + "/7." + pack.filename().string());
+  const StoreVerifyReport report = verify_store(*store, {}).value();
+  EXPECT_TRUE(report.ok());
+  EXPECT_EQ(report.packs_checked, 1u);
+}
+
+TEST_F(VerifyingAStore, ASampleTakesWhatIsLongestAgo) {
+  const auto store = open();
+  for (uint64_t i = 0; i < 4; ++i) {
+    write(*store, random_pages(100 * i, 50), {.vm = std::to_string(i)});
+  }
+  std::set<layout::ImageId> seen;
+  for (int run = 0; run < 4; ++run) {
+    // A quarter of all bytes is a little less than a pack, or just one.
+    const StoreVerifyReport report = verify_store(*store, {.sample = 0.24}).value();
+    EXPECT_TRUE(report.ok());
+    EXPECT_EQ(report.packs_checked, 1u);
+    for (const auto& [id, pack] : VerifyState::load(store->paths()).packs) seen.insert(id);
+    EXPECT_EQ(seen.size(), run + 1u);
+  }
+  // Damage is not forgotten because its pack is not due.
+  flip(packs_of(*store)[2], layout::frames_begin + 100);
+  EXPECT_FALSE(verify_store(*store, {}).value().ok());
+  for (int run = 0; run < 4; ++run) {
+    const StoreVerifyReport report = verify_store(*store, {.sample = 0.24}).value();
+    EXPECT_EQ(report.damaged_packs.size(), 1u);
+    EXPECT_EQ(report.packs_checked, 2u);
+  }
+}
+
+TEST_F(VerifyingAStore, GoesOnWhereItWasKilled) {
+  const auto store = open();
+  for (uint64_t i = 0; i < 3; ++i) write(*store, texts(100 * i, 50), {.vm = std::to_string(i)});
+  EXPECT_TRUE(verify_store(*store, {}).value().ok());
+  VerifyState state = VerifyState::load(store->paths());
+  EXPECT_EQ(state.began_unix_ms, 0);
+  // As a run leaves it that was killed after two packs: one whole, one not.
+  state.began_unix_ms = state.packs.begin()->second.at_unix_ms;
+  state.packs.begin()->second.ok = false;
+  std::prev(state.packs.end())->second.at_unix_ms = state.began_unix_ms - 1;
+  ASSERT_TRUE(state.save(store->paths()));
+  StoreVerifyReport report = verify_store(*store, {.resume = true}).value();
+  EXPECT_TRUE(report.ok());
+  EXPECT_EQ(report.packs_checked, 2u);
+  EXPECT_EQ(report.packs_resumed, 1u);
+  // That one ended, so there is nothing to go on with.
+  report = verify_store(*store, {.resume = true}).value();
+  EXPECT_EQ(report.packs_checked, 3u);
+}
+
+TEST_F(VerifyingAStore, StartsAnewWithoutItsNotes) {
+  const auto store = open();
+  write(*store, texts(0, 20));
+  for (const std::string text : {"", "{", "[]", R"({"packs":{"x":1}})", R"({"packs":7})"}) {
+    write_file(store->paths().verified(), std::as_bytes(std::span(text)));
+    EXPECT_EQ(verify_store(*store, {.resume = true}).value().packs_checked, 1u) << text;
+  }
+}
+
+}  // namespace
+}  // namespace vmsnap
