@@ -43,7 +43,7 @@ inline constexpr std::array test_point_names = {
     std::string_view("prune.pack_condemned"),   // one dead pack out of sight
     std::string_view("prune.epoch_ended"),      // all are, for whoever begins now
     std::string_view("prune.pack_deleted"),     // one pack gone for good
-    std::string_view("repair.quarantined"),     // one file out of the way
+    std::string_view("repair.quarantining"),    // about to put one file out of the way
     std::string_view("repair.index_removed"),   // an index is to be made anew
     std::string_view("restore.start"),        // image open, run directory made
     std::string_view("restore.launched"),     // QEMU started, waiting

@@ -9,6 +9,7 @@
 #include "formats/log.h"
 #include "formats/store/store_commands.h"
 #include "restore/restore_commands.h"
+#include "snap/backup.h"
 #include "snap/snapshot_command.h"
 
 namespace {
@@ -39,6 +40,7 @@ int main(int argc, char** argv) {
   add_restore_commands(app, context);
   add_image_commands(app, context);
   add_store_commands(app, context);
+  add_backup_command(app, context);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

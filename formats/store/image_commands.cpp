@@ -9,11 +9,10 @@
 
 #include "formats/command.h"
 #include "formats/export.h"
-#include "formats/clock.h"
 #include "formats/image_reader.h"
-#include "formats/interrupt.h"
 #include "formats/store/copy_image.h"
 #include "formats/store/image_argument.h"
+#include "formats/store/manifest.h"
 #include "formats/store/store_verify.h"
 #include "formats/text.h"
 #include "formats/verify.h"
@@ -145,6 +144,7 @@ void verify_text(const VerifyReport& report, std::ostream& out) {
 struct VerifyOptions {
   ImageArgument image;
   std::string sample = "100%";
+  bool resume = false;
   bool json = false;
 };
 
@@ -167,85 +167,86 @@ Result<double> parse_share(const std::string& text) {
 }
 
 Json store_verify_json(const StoreVerifyReport& report) {
-  Json lost = Json::array();
-  for (const auto& pages : report.lost) {
-    lost.push_back({{"snapshot", pages.id},
-                    {"vm", pages.vm},
-                    {"region", pages.region},
-                    {"offset", pages.offset},
-                    {"length", pages.page_count * page_size}});
+  Json packs = Json::array(), missing = Json::array(), manifests = Json::array(),
+       snapshots = Json::array();
+  for (const PackCheck& pack : report.damaged_packs) {
+    packs.push_back({{"id", id_text(pack.id)}, {"path", pack.path}, {"reasons", pack.reasons}});
+  }
+  for (const layout::ImageId& id : report.missing_packs) missing.push_back(id_text(id));
+  for (const auto& manifest : report.unreadable) {
+    manifests.push_back({{"id", manifest.id}, {"reason", manifest.reason}});
+  }
+  for (const auto& snapshot : report.damaged_snapshots) {
+    Json json = verify_json(snapshot.report);
+    json["id"] = snapshot.id;
+    json["vm"] = snapshot.vm;
+    json["created_unix_ms"] = snapshot.created_unix_ms;
+    snapshots.push_back(std::move(json));
   }
   return {{"ok", report.ok()},
           {"snapshots", report.snapshots},
-          {"packs", {{"checked", report.packs_checked}, {"total", report.packs_total}}},
-          {"bytes", {{"checked", report.bytes_checked}, {"total", report.bytes_total}}},
-          {"damage", report.damage},
-          {"lost_pages", report.lost_pages},
-          {"lost", std::move(lost)}};
+          {"packs",
+           {{"total", report.packs}, {"checked", report.packs_checked}, {"resumed", report.packs_resumed}}},
+          {"bytes_checked", report.bytes_checked},
+          {"damaged_packs", std::move(packs)},
+          {"missing_packs", std::move(missing)},
+          {"unreadable_snapshots", std::move(manifests)},
+          {"damaged_snapshots", std::move(snapshots)}};
 }
 
-Status verify_whole_store(CommandContext& context, const VerifyOptions& options) {
+void store_verify_text(const StoreVerifyReport& report, std::ostream& out) {
+  for (const PackCheck& pack : report.damaged_packs) {
+    for (const std::string& reason : pack.reasons) out << printable(reason) << '\n';
+  }
+  for (const layout::ImageId& id : report.missing_packs) {
+    out << fmt::format("pack {} is missing\n", id_text(id));
+  }
+  for (const auto& manifest : report.unreadable) out << printable(manifest.reason) << '\n';
+  for (const auto& snapshot : report.damaged_snapshots) {
+    out << fmt::format("snapshot {} of {}, {}:\n", snapshot.id, printable(snapshot.vm),
+                       utc_text(snapshot.created_unix_ms));
+    verify_text(snapshot.report, out);
+  }
+  out << fmt::format("{}: {} snapshots, {} of {} packs ({}) checked{}, {}\n",
+                     printable(report.store), report.snapshots, report.packs_checked, report.packs,
+                     human_bytes(report.bytes_checked),
+                     report.packs_resumed == 0
+                         ? ""
+                         : fmt::format(" and {} before", report.packs_resumed),
+                     report.ok() ? "all whole" : "damage found");
+}
+
+Status verify_in_store(CommandContext& context, const VerifyOptions& options) {
   const auto store = VMSNAP_TRY(Store::open(options.image.store.options()));
-  const StoreVerifyReport report = VMSNAP_TRY(verify_store(
-      *store, {.sample = VMSNAP_TRY(parse_share(options.sample)), .now_unix_ms = now_unix_ms()},
-      percent_on_terminal(context)));
+  StoreVerifyOptions wanted = {.snapshots = {},
+                               .sample = VMSNAP_TRY(parse_share(options.sample)),
+                               .resume = options.resume};
+  if (!options.image.name.empty()) {
+    wanted.snapshots.push_back(VMSNAP_TRY(
+        resolve_snapshot(*store, Where::snapshots, options.image.name, options.image.vm)));
+  }
+  const VerifyProgress percent = percent_on_terminal(context);
+  const StoreVerifyReport report =
+      VMSNAP_TRY(verify_store(*store, wanted, [&](const StoreVerifyProgress& progress) {
+        if (percent && progress.bytes != 0) {
+          percent(static_cast<int>(100 * progress.bytes_done / progress.bytes));
+        }
+      }));
   if (options.json) {
     print_json(context.out, store_verify_json(report));
-    return report.status(store->paths());
+  } else {
+    store_verify_text(report, context.out);
   }
-  for (const std::string& sentence : report.damage) context.out << printable(sentence) << '\n';
-  for (const auto& pages : report.lost) {
-    context.out << fmt::format("lost: snapshot {} of {} region {} offset {:#x} length {:#x}\n",
-                               pages.id, printable(pages.vm), printable(pages.region),
-                               pages.offset, pages.page_count * page_size);
-  }
-  context.out << fmt::format("{}: {} snapshots, {} of {} packs ({}) checked, {}\n",
-                             printable(store->paths().root), report.snapshots,
-                             report.packs_checked, report.packs_total,
-                             human_bytes(report.bytes_checked),
-                             report.ok() ? "all whole" : "damage found");
-  return report.status(store->paths());
-}
-
-// Reads every page back, as a restore would.
-Result<VerifyReport> verify_snapshot(const ImageReader& image, const VerifyProgress& progress) {
-  VerifyReport report;
-  report.path = image.path();
-  report.page_count = image.page_count();
-  std::array<std::byte, page_size> bytes;
-  for (uint64_t page = 0; page < report.page_count; ++page) {
-    const auto kind = image.read_page(page, bytes);
-    if (kind) {
-      ++(*kind == PageKind::zero ? report.zero_pages : report.data_pages);
-    } else {
-      ++report.damaged_pages;
-      ++report.damage_count;
-      if (report.damaged.size() < VerifyReport::max_listed) {
-        const Region& region = *find_region(image.info().regions, page);
-        report.damaged.push_back({page, 1, region.name, (page - region.first_page) * page_size,
-                                  kind.error().message()});
-      }
-    }
-    if (page % 4096 == 0) {
-      VMSNAP_CHECK(check_interrupted());
-      if (progress) progress(static_cast<int>(100 * page / report.page_count));
-    }
-  }
-  if (progress) progress(100);
-  VMSNAP_TRY(image.device_state());
-  return report;
+  return report.status();
 }
 
 Status verify(CommandContext& context, const VerifyOptions& options) {
-  const bool in_store = !options.image.store.directory.empty();
+  if (!options.image.store.directory.empty()) return verify_in_store(context, options);
   if (options.image.name.empty()) {
-    if (in_store) return verify_whole_store(context, options);
     return fail(ErrorCode::usage, "verify wants an image, or --store DIR");
   }
-  const VerifyProgress progress = percent_on_terminal(context);
   const VerifyReport report =
-      in_store ? VMSNAP_TRY(verify_snapshot(*VMSNAP_TRY(open_image(options.image)), progress))
-               : VMSNAP_TRY(verify_image(options.image.name, progress));
+      VMSNAP_TRY(verify_image(options.image.name, percent_on_terminal(context)));
   if (options.json) {
     print_json(context.out, verify_json(report));
   } else {
@@ -262,6 +263,8 @@ void add_verify(CLI::App& app, CommandContext& context) {
       ->add_option("--sample", options->sample,
                    "Share of a store's packs to check; those not checked for longest come first")
       ->type_name("PERCENT");
+  command->add_flag("--resume", options->resume,
+                    "Go on where a verify of the whole store was ended");
   command->add_flag("--json", options->json, "Print one JSON object");
   command->footer(
       "Exits with status 9 if anything is damaged, and names every page that is lost.\n"

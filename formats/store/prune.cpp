@@ -56,6 +56,7 @@ class Pruner {
 
  private:
   Status list();
+  Status check_quarantine() const;
   Status decide();
   Status delete_from_trash();
   Status remove_unkept();
@@ -81,7 +82,23 @@ Status Pruner::list() {
     return tl::unexpected(
         std::move(error)
             .with_context("nothing was pruned, since it is not known which packs are needed")
-            .with_remedy("Run 'vmsnap verify --store " + paths_.root + "'."));
+            .with_remedy("Run 'vmsnap repair --store " + paths_.root + "'."));
+  }
+  return {};
+}
+
+// What it needed is not known, but may be found out yet.
+Status Pruner::check_quarantine() const {
+  std::error_code error;
+  fs::directory_iterator entry(paths_.quarantine(), error);
+  for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
+    const std::string name = entry->path().filename().string();
+    if (!name.ends_with(".manifest")) continue;
+    return tl::unexpected(
+        Error(ErrorCode::damaged,
+              fmt::format("nothing was pruned, since it is not known which packs {} needs",
+                          entry->path().string()))
+            .with_remedy("Remove it, if that snapshot is to be given up."));
   }
   return {};
 }
@@ -227,6 +244,7 @@ Status Pruner::delete_condemned() {
 Result<PruneReport> Pruner::run() {
   const StoreLock lock = VMSNAP_TRY(StoreLock::maintain(paths_, options_.lock_wait));
   VMSNAP_CHECK(list());
+  VMSNAP_CHECK(check_quarantine());
   VMSNAP_CHECK(decide());
   if (options_.dry_run) return std::move(report_);
   remove_abandoned(paths_.temporary());

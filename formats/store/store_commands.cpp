@@ -14,9 +14,9 @@
 #include "formats/store/copy_image.h"
 #include "formats/store/image_argument.h"
 #include "formats/store/manifest.h"
-#include "formats/store/diff.h"
+#include "formats/store/store_diff.h"
 #include "formats/store/prune.h"
-#include "formats/store/repair.h"
+#include "formats/store/store_repair.h"
 #include "formats/store/store_commands.h"
 #include "formats/text.h"
 
@@ -304,13 +304,9 @@ struct RepairOptions {
 Status repair(CommandContext& context, const RepairOptions& options) {
   const auto wait = VMSNAP_TRY(parse_wait(options.lock_wait));
   const auto store = VMSNAP_TRY(Store::open(options.store.options()));
-  const RepairReport report = VMSNAP_TRY(repair_store(*store, wait, now_unix_ms()));
-  for (const std::string& sentence : report.done) context.out << printable(sentence) << '\n';
-  if (report.lost_pages == 0) return {};
-  return tl::unexpected(
-      Error(ErrorCode::damaged, fmt::format("{} pages of snapshots in {} stay lost",
-                                            report.lost_pages, store->paths().root))
-          .with_remedy("Take new snapshots of these VMs: what they still have is stored again."));
+  const StoreRepairReport report = VMSNAP_TRY(repair_store(*store, {.lock_wait = wait}));
+  for (const std::string& sentence : report.sentences) context.out << printable(sentence) << '\n';
+  return {};
 }
 
 void add_repair(CLI::App& app, CommandContext& context) {
@@ -336,47 +332,55 @@ struct DiffOptions {
 };
 
 Status diff(CommandContext& context, const DiffOptions& options) {
-  const auto a = VMSNAP_TRY(open_image({options.a, options.store, {}}));
-  const auto b = VMSNAP_TRY(open_image({options.b, options.store, {}}));
-  const SnapshotDiff diff = VMSNAP_TRY(diff_snapshots(*a, *b));
+  const auto store = VMSNAP_TRY(Store::open(options.store.options()));
+  const std::string a = VMSNAP_TRY(resolve_snapshot(*store, Where::snapshots, options.a));
+  const std::string b = VMSNAP_TRY(resolve_snapshot(*store, Where::snapshots, options.b));
+  const SnapshotDiff diff = VMSNAP_TRY(diff_snapshots(*store, a, b));
   if (options.json) {
-    OrderedJson ranges = OrderedJson::array();
-    for (const SnapshotDiff::Range& range : diff.ranges) {
-      ranges.push_back(
-          {{"region", range.region}, {"offset", range.offset}, {"length", range.length}});
+    OrderedJson regions = OrderedJson::array();
+    for (const SnapshotDiff::RegionDiff& region : diff.regions) {
+      OrderedJson ranges = OrderedJson::array();
+      for (const SnapshotDiff::Range& range : region.differing) {
+        ranges.push_back({{"offset", range.offset}, {"length", range.length}});
+      }
+      regions.push_back({{"name", region.name},
+                         {"in_a", region.in_a},
+                         {"in_b", region.in_b},
+                         {"differing_pages", region.differing_pages},
+                         {"ranges", std::move(ranges)}});
     }
-    print_json(context.out, {{"a", a->info().id},
-                             {"b", b->info().id},
-                             {"pages", diff.pages},
-                             {"changed_pages", diff.changed_pages},
-                             {"changed_bytes", diff.changed_pages * page_size},
-                             {"only_in_a", diff.only_in_a},
-                             {"only_in_b", diff.only_in_b},
-                             {"ranges", std::move(ranges)}});
+    print_json(context.out, {{"a", a},
+                             {"b", b},
+                             {"differing_pages", diff.differing_pages},
+                             {"differing_bytes", diff.differing_pages * page_size},
+                             {"only_a_pages", diff.only_a_pages},
+                             {"only_b_pages", diff.only_b_pages},
+                             {"all_listed", diff.all_listed},
+                             {"regions", std::move(regions)}});
     return {};
   }
-  for (const SnapshotDiff::Range& range : diff.ranges) {
-    context.out << fmt::format("{} offset {:#x} length {:#x}\n", printable(range.region),
-                               range.offset, range.length);
-  }
-  if (diff.ranges.size() == SnapshotDiff::max_ranges) context.out << "...\n";
-  for (const auto& [regions, which] : {std::pair(&diff.only_in_a, &a), std::pair(&diff.only_in_b, &b)}) {
-    for (const std::string& region : *regions) {
-      context.out << fmt::format("region {} is only in {}\n", printable(region),
-                                 (*which)->info().id);
+  for (const SnapshotDiff::RegionDiff& region : diff.regions) {
+    if (!region.in_a || !region.in_b) {
+      context.out << fmt::format("region {} is only in {}\n", printable(region.name),
+                                 region.in_a ? a : b);
+    }
+    for (const SnapshotDiff::Range& range : region.differing) {
+      context.out << fmt::format("{} offset {:#x} length {:#x}\n", printable(region.name),
+                                 range.offset, range.length);
     }
   }
-  context.out << fmt::format("{} of {} pages differ ({})\n", diff.changed_pages, diff.pages,
-                             human_bytes(diff.changed_pages * page_size));
+  if (!diff.all_listed) context.out << "... and more\n";
+  context.out << fmt::format("{} pages differ ({})\n", diff.differing_pages,
+                             human_bytes(diff.differing_pages * page_size));
   return {};
 }
 
 void add_diff(CLI::App& app, CommandContext& context) {
   const auto options = std::make_shared<DiffOptions>();
   CLI::App* command = app.add_subcommand("diff", "Say what changed between two snapshots");
-  command->add_option("A", options->a, "An image, or with --store a snapshot")->required();
+  command->add_option("A", options->a, "A snapshot: its id, the beginning of it, or 'latest'")->required();
   command->add_option("B", options->b, "Another one")->required();
-  add_store_option(*command, options->store);
+  add_store_option(*command, options->store)->required();
   command->add_flag("--json", options->json, "Print one JSON object");
   command->footer("Examples:\n  vmsnap diff --store /backup/vms 3f2a latest");
   command->callback([&context, options] {

@@ -16,6 +16,7 @@
 #include "formats/store/manifest.h"
 #include "formats/store/pack_check.h"
 #include "formats/store/verify_state.h"
+#include "formats/test_point.h"
 
 namespace vmsnap {
 
@@ -146,12 +147,13 @@ Status Repairer::quarantine_manifest(const std::string& directory, const std::st
     VMSNAP_CHECK(moved);
   }
   report_.quarantined_manifests.push_back(id);
-  say("Its manifest was moved to {}. Packs that only it needs go with the next prune.", to);
+  say("Its manifest was moved to {}. Nothing is pruned until you remove it there.", to);
   return {};
 }
 
 // Never onto another file: of two damaged copies each may be needed.
 Status Repairer::move(const std::string& from, const std::string& to) const {
+  VMSNAP_TEST_POINT("repair.quarantining");
   if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_NOREPLACE) < 0) {
     return fail_errno(errno, "cannot rename {} to {}", from, to);
   }
@@ -172,6 +174,7 @@ Status Repairer::rebuild_indexes() {
     }
     if (error) return fail_errno(error.value(), "cannot list {}", paths_.index());
   }
+  VMSNAP_TEST_POINT("repair.index_removed");
   for (const auto& [id, pack] : packs_) {
     if (bad_.contains(id)) continue;
     VMSNAP_CHECK(check_interrupted());

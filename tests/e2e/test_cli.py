@@ -11,7 +11,8 @@ import checks
 import harness
 import victims
 
-COMMANDS = ["snapshot", "restore", "serve", "show", "verify", "export"]
+COMMANDS = ["snapshot", "restore", "serve", "show", "verify", "export", "list", "import", "rm",
+            "undelete", "prune", "repair", "diff", "backup"]
 
 
 def help_of(*command):
@@ -62,7 +63,7 @@ def test_every_exit_status_is_in_the_manual():
             f"exit status {number} ({name}) is not listed in vmsnap.1")
 
 
-@pytest.mark.parametrize("page", ["vmsnap.1", "vmsnap-backup.5", "vmsnap-image.5"])
+@pytest.mark.parametrize("page", ["vmsnap.1", "vmsnap-backup.5", "vmsnap-image.5", "vmsnap-store.5"])
 def test_manual_pages_are_clean(page):
     harness.need(shutil.which("mandoc"), "mandoc", "not installed")
     done = subprocess.run(["mandoc", "-Tlint", "-W", "warning", harness.SOURCE / "man" / page],

@@ -134,7 +134,7 @@ def test_prune_beside_a_restore_and_a_snapshot(world):
     run.wait_stopped()
     world.vmsnap("rm", "--store", store, old).expect("ok")
     report = world.vmsnap("prune", "--store", store, "--json").expect("ok").json
-    assert report["packs_waiting"] > 0 and report["packs_deleted"] == 0, report
+    assert report["in_use"] == 1 and report["packs_deleted"] == 0, report
     run.signal(18)
     run.wait().expect("ok")
     assert_whole(world, store)
@@ -154,20 +154,21 @@ def test_damage_is_found_and_named(world):
         file.seek(5000)
         file.write(bytes([byte[0] ^ 1]))
     result = world.vmsnap("verify", "--store", store, "--json").expect("damaged")
-    assert result.json["lost_pages"] >= 1
-    assert result.json["lost"][0]["snapshot"] == figures["id"]
+    assert [s["id"] for s in result.json["damaged_snapshots"]] == [figures["id"]]
+    assert result.json["damaged_snapshots"][0]["pages"]["damaged"] >= 1
     assert re.search(r"vmsnap repair --store", result.err), result.err
     world.vmsnap("verify", "--store", store, figures["id"]).expect("damaged")
     # Out of the way, it is still read where it is whole; what is lost is stored
     # again with the next snapshot.
-    world.vmsnap("repair", "--store", store).expect("damaged")
+    world.vmsnap("repair", "--store", store).expect("ok")
     assert [p.name for p in (store / "quarantine").iterdir()] == [pack.name]
     lost = world.vmsnap("verify", "--store", store, figures["id"], "--json").expect("damaged").json
-    assert lost["pages"]["damaged"] == result.json["lost_pages"]
+    pages = [json["damaged_snapshots"][0]["pages"] for json in (lost, result.json)]
+    assert pages[0] == pages[1]
     again = snapshot(world, store, "--pid", victim.pid, *victim.range_arguments())
     world.vmsnap("verify", "--store", store, again["id"]).expect("ok")
     diff = world.vmsnap("diff", "--store", store, again["id"], again["id"], "--json").expect("ok")
-    assert diff.json["changed_pages"] == 0 and diff.json["pages"] == 16 << 8
+    assert diff.json["differing_pages"] == 0
 
 
 def test_diff_says_where(world):
@@ -188,7 +189,7 @@ def test_diff_says_where(world):
     diff = world.vmsnap("diff", "--store", store, *ids, "--json").expect("ok").json
     a, b = (raw.read_bytes() for raw in raws)
     wanted = {i for i in range(0, len(a), 4096) if a[i:i + 4096] != b[i:i + 4096]}
-    said = {offset for r in diff["ranges"]
+    said = {offset for r in diff["regions"][0]["ranges"]
             for offset in range(r["offset"], r["offset"] + r["length"], 4096)}
     assert said == wanted and wanted, f"{len(said)} pages, not {len(wanted)}"
 

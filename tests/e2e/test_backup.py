@@ -1,0 +1,73 @@
+"""vmsnap backup --config: what cron runs."""
+
+import json
+
+import harness
+import victims
+
+
+def write_config(world, store, sockets, extra="", of_each=""):
+    path = world.path("backup.toml")
+    text = f'store = "{store}"\n{extra}\n'
+    for i, socket in enumerate(sockets):
+        text += f'[[vm]]\nname = "vm{i}"\nqmp = "{socket}"\n{of_each}\n'
+    path.write_text(text)
+    return path
+
+
+def run(world, config, *codes, arguments=()):
+    result = world.vmsnap("backup", "--config", config, *arguments).expect(*codes)
+    events = [json.loads(line) for line in result.out.splitlines()]
+    assert events[-1]["event"] == "end" and events[-1]["status"] == result.code
+    return events
+
+
+def test_two_vms_night_after_night(world):
+    guests = [victims.OrderedGuest(world) for _ in range(2)]
+    store = world.path("store")
+    config = write_config(world, store, [guest.qmp_socket for guest in guests],
+                          'max-age = "1h"\nsample = "100%"\n[keep]\nlast = 2\n',
+                          'tags = ["nightly"]')
+    for night in range(3):
+        events = run(world, config, "ok")
+        assert [event["event"] for event in events] == ["snapshot", "snapshot", "prune", "verify",
+                                                        "end"]
+        assert all(event["ok"] for event in events[:2])
+        assert events[2]["removed"] == (2 if night == 2 else 0)
+        assert events[3]["damaged"] == 0 and events[3]["packs"] > 0
+    entries = world.vmsnap("list", "--store", store, "--json").expect("ok").json
+    assert len(entries) == 4 and all("nightly" in entry["tags"] for entry in entries)
+    for guest in guests:
+        victims.check_ordered_live(world, guest)
+    run(world, config, "ok", arguments=["--check"])
+
+
+def test_one_of_them_fails(world):
+    guest = victims.OrderedGuest(world)
+    store = world.path("store")
+    config = write_config(world, store, [world.path("gone.qmp"), guest.qmp_socket],
+                          'max-age = "1h"')
+    events = run(world, config, "some_failed")
+    assert not events[0]["ok"] and events[0]["error"] and events[0]["status"] > 0
+    assert events[1]["ok"] and events[-1]["failed"] == ["vm0"]
+    assert {"event": "stale", "vm": "vm0"} in events
+    run(world, config, "stale", arguments=["--check"])
+
+
+def test_a_store_that_is_damaged(world):
+    guest = victims.OrderedGuest(world)
+    store = world.path("store")
+    config = write_config(world, store, [guest.qmp_socket], 'sample = "100%"')
+    run(world, config, "ok")
+    pack = next((store / "packs").iterdir())
+    with open(pack, "r+b") as file:
+        file.seek(4096 + 20)
+        file.write(b"damage")
+    events = run(world, config, "damaged")
+    assert events[0]["ok"], "a damaged store takes no snapshots"
+
+
+def test_a_config_with_a_typo(world):
+    config = write_config(world, world.path("store"), [world.path("x")], "smaple = 5")
+    result = world.vmsnap("backup", "--config", config).expect("usage")
+    assert "smaple" in result.err and not result.out
