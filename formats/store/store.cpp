@@ -10,6 +10,7 @@
 
 #include "formats/digest.h"
 #include "formats/checksum.h"
+#include "formats/damage.h"
 #include "formats/image_tail.h"
 #include "formats/key_slots.h"
 #include "formats/sealed_file.h"
@@ -142,6 +143,9 @@ Result<std::unique_ptr<ImageReader>> Store::open_snapshot(
   Fd held = VMSNAP_TRY(open_file(path, O_RDONLY | O_NONBLOCK));
   VMSNAP_CHECK(lock_shared(held, path));
   ImageFile manifest = VMSNAP_TRY(open_manifest(path));
+  if (id_text(manifest.header().id) != id) {
+    return damaged(path, "it is another snapshot than its name says");
+  }
   auto packs = std::make_unique<HeldPacks>(*this, std::move(held), std::move(keep));
   packs->add_rows(VMSNAP_TRY(manifest.read_packs()));
   return ImageReader::open(std::move(manifest), std::move(packs));

@@ -10,6 +10,7 @@
 #include <set>
 #include <system_error>
 
+#include "formats/damage.h"
 #include "formats/file.h"
 #include "formats/interrupt.h"
 #include "formats/store/content_index.h"
@@ -70,6 +71,9 @@ Status Repairer::read_manifests(const std::string& directory) {
     const auto read = [&]() -> Status {
       const ImageFile manifest = VMSNAP_TRY(store_.open_manifest(directory + "/" + id));
       const ImageInfo info = VMSNAP_TRY(manifest.read_info());
+      if (info.id != id) {
+        return vmsnap::damaged(manifest.path(), "it is another snapshot than its name says");
+      }
       const std::string index = store_.index_name(info.domain);
       for (const layout::PackRow& row : VMSNAP_TRY(manifest.read_packs())) {
         if (row.referenced == 0) continue;

@@ -167,8 +167,7 @@ Status StoreVerifier::note_packs(const Manifest& manifest) {
   std::string path;
   const auto rows = [&]() -> Result<std::vector<layout::PackRow>> {
     const ImageFile file = VMSNAP_TRY(open(manifest, path));
-    VMSNAP_TRY(file.read_info());
-    if (id_text(file.header().id) != manifest.id) {
+    if (VMSNAP_TRY(file.read_info()).id != manifest.id) {
       return damaged(path, "it is another snapshot than its name says");
     }
     return VMSNAP_TRY(file.read_packs());
