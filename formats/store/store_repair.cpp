@@ -1,5 +1,6 @@
 #include "formats/store/store_repair.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <unistd.h>
 
