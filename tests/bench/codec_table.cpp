@@ -175,8 +175,6 @@ int main(int argc, char** argv) {
                               .c_str());
     }
     for (const size_t frame_pages : {1, 2, 4, 16}) {
-      // With 16 pages a frame, a dictionary changes next to nothing.
-      if (frame_pages == 16 && dictionary_bytes > 0) continue;
       for (const int level : {-1, 1, 3, 6, 9}) {
         measure(dump, {frame_pages, level}, dictionary, argv[2]);
       }
