@@ -285,7 +285,7 @@ void add_prune(CLI::App& app, CommandContext& context) {
       ->type_name("TIME");
   command->add_flag("--json", arguments->json, "Print one JSON object");
   command->footer(
-      "Without a --keep- option no snapshot is removed; what was removed before is deleted.\n"
+      "Without a rule of what to keep, no snapshot is removed; the trash is emptied.\n"
       "Examples:\n"
       "  vmsnap prune --store /backup/vms --keep-daily 7 --keep-weekly 4 --dry-run\n"
       "  vmsnap prune --store /backup/vms --keep-last 3 --vm web1");

@@ -38,7 +38,7 @@ def commands():
 
 def long_options(*command):
     """What stands before the first space of each option's first line."""
-    text = help_of(*command).partition("\nOptions:\n")[2].partition("\n\n")[0]
+    text = help_of(*command).partition("\nOptions:\n")[2]
     names = re.findall(r"^  (-\S+)", text, re.MULTILINE)
     return [name for group in names for name in group.split(",") if name.startswith("--")]
 
