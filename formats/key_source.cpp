@@ -231,4 +231,14 @@ Result<std::optional<KeyMaterial>> read_key(const KeySource& source) {
   return std::optional<KeyMaterial>();
 }
 
+std::vector<char*> environment_without_keys() {
+  std::vector<char*> kept;
+  for (char** entry = environ; *entry; ++entry) {
+    const std::string_view text(*entry);
+    if (text.starts_with("VMSNAP_PASSPHRASE") || text.starts_with("VMSNAP_KEY_FILE=")) continue;
+    kept.push_back(*entry);
+  }
+  return kept;
+}
+
 }  // namespace vmsnap

@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "formats/error.h"
 #include "formats/key_slots.h"
@@ -32,5 +33,10 @@ void add_key_options(CLI::App& command, KeySource& source);
 // until the command, or whoever writes into the descriptor, is done. Asks the
 // environment: not while another thread changes it.
 Result<std::optional<KeyMaterial>> read_key(const KeySource& source);
+
+// This process's environment without the variables that hold or name a key,
+// for programs that we start; without the null pointer at the end. Borrows
+// environ(7).
+std::vector<char*> environment_without_keys();
 
 }  // namespace vmsnap

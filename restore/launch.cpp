@@ -55,9 +55,11 @@ void reset_signals() {
     arguments.push_back(const_cast<char*>(argument.c_str()));
   }
   arguments.push_back(nullptr);
+  std::vector<char*> environment = environment_without_keys();
+  environment.push_back(nullptr);
   if (::dup2(null, 0) >= 0 && ::dup2(log, 1) >= 0 && ::dup2(log, 2) >= 0 &&
       ::chdir(line.working_directory.c_str()) == 0) {
-    ::execv(line.executable.c_str(), arguments.data());
+    ::execve(line.executable.c_str(), arguments.data(), environment.data());
   }
   const int why = errno;
   [[maybe_unused]] const ssize_t put = ::write(report, &why, sizeof why);

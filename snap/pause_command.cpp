@@ -9,6 +9,8 @@
 
 #include <cerrno>
 
+#include "formats/key_source.h"
+#include "formats/key_source.h"
 #include "formats/file.h"
 
 namespace vmsnap {
@@ -26,8 +28,7 @@ tl::unexpected<Error> failed(const std::string& command, const std::string& how)
 
 Status run_pause_command(const std::string& command, const std::vector<std::string>& environment,
                          std::chrono::milliseconds limit) {
-  std::vector<char*> variables;
-  for (char** entry = environ; *entry; ++entry) variables.push_back(*entry);
+  std::vector<char*> variables = environment_without_keys();
   for (const std::string& entry : environment) variables.push_back(const_cast<char*>(entry.c_str()));
   variables.push_back(nullptr);
 

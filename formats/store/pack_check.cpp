@@ -274,16 +274,6 @@ bool says_damage(const Error& error) {
   }
 }
 
-Result<std::unique_ptr<PackFile>> open_pack(const StorePaths& paths, const layout::ImageId& id,
-                                            const SecretKey* master) {
-  // It may be renamed between being found and being opened; who renames does so
-  // a few times at most in the life of a pack.
-  for (int attempt = 0;; ++attempt) {
-    auto pack = PackFile::open(VMSNAP_TRY(paths.find_pack(id)), id, master);
-    if (pack || pack.error().os_errno() != ENOENT || attempt == 10) return pack;
-  }
-}
-
 PackCheck check_open_pack(const PackFile& pack, const layout::ImageId& id, bool with_table,
                           std::span<const layout::PackRow> rows) {
   return PackChecker(pack, id).run(with_table, rows);

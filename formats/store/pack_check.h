@@ -43,12 +43,6 @@ struct PackCheck {
 // Whether an error says that something at rest is not as it was written, or
 // cannot be read from its disk; not that this process lacks something.
 bool says_damage(const Error& error);
-
-// The pack, wherever it is now (StorePaths::find_pack), also if it moves
-// meanwhile.
-Result<std::unique_ptr<PackFile>> open_pack(const StorePaths& paths, const layout::ImageId& id,
-                                            const SecretKey* master);
-
 // Reads the pack once, front to back: header, segments against their digests,
 // each frame's header and checksum, end mark, tables, padding, trailer. `rows`
 // are what manifests say of it; it must be the pack that one of them means.

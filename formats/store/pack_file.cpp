@@ -139,6 +139,16 @@ Result<std::vector<layout::PackFrame>> PackFile::frame_table(const layout::PackT
   return table;
 }
 
+Result<std::unique_ptr<PackFile>> open_pack(const StorePaths& paths, const layout::ImageId& id,
+                                            const SecretKey* master) {
+  // It may be renamed between being found and being opened; who renames does so
+  // a few times at most in the life of a pack.
+  for (int attempt = 0;; ++attempt) {
+    auto pack = PackFile::open(VMSNAP_TRY(paths.find_pack(id)), id, master);
+    if (pack || pack.error().os_errno() != ENOENT || attempt == 10) return pack;
+  }
+}
+
 Digest pack_digest(const layout::PackTrailer& trailer) {
   return digest(std::as_bytes(std::span(&trailer, 1)));
 }

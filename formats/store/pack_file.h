@@ -11,6 +11,7 @@
 #include "formats/file.h"
 #include "formats/frame_reader.h"
 #include "formats/store/pack_layout.h"
+#include "formats/store/store_paths.h"
 
 namespace vmsnap {
 
@@ -45,6 +46,11 @@ class PackFile {
   bool sealed_ = false;
   std::optional<SecretKey> key_;
 };
+
+// The pack, wherever it is now (StorePaths::find_pack), also if it moves
+// meanwhile.
+Result<std::unique_ptr<PackFile>> open_pack(const StorePaths& paths, const layout::ImageId& id,
+                                            const SecretKey* master);
 
 // The whole trailer block's digest: what a manifest says of a pack.
 Digest pack_digest(const layout::PackTrailer& trailer);

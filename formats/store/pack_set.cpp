@@ -103,8 +103,7 @@ Result<FrameSource> PackSet::source(uint64_t number) const {
   std::unique_lock lock(mutex_);
   Pack& pack = *packs_[number - 1];
   if (!pack.file) {
-    pack.file = VMSNAP_TRY(
-        PackFile::open(VMSNAP_TRY(paths_.find_pack(pack.row.id)), pack.row.id, master_));
+    pack.file = VMSNAP_TRY(open_pack(paths_, pack.row.id, master_));
     if (pack.file->sealed() && !master_) {
       return fail(ErrorCode::wrong_key, "{} is sealed, and no key was given", pack.file->path());
     }
