@@ -10,7 +10,6 @@
 #include <cerrno>
 
 #include "formats/key_source.h"
-#include "formats/key_source.h"
 #include "formats/file.h"
 
 namespace vmsnap {
