@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <vector>
+
 #include "formats/key_source.h"
 #include "snap/vmm/caretaker.h"
 

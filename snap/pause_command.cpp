@@ -9,8 +9,8 @@
 
 #include <cerrno>
 
-#include "formats/key_source.h"
 #include "formats/file.h"
+#include "formats/key_source.h"
 
 namespace vmsnap {
 
