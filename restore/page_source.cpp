@@ -25,6 +25,7 @@ Result<std::unique_ptr<PageSource>> PageSource::start(const ImageReader& reader,
     source->free_.push_back(slot.get());
     source->slots_.push_back(std::move(slot));
   }
+  source->order_working_set();
   source->decoders_running_ = threads;
   for (unsigned i = 0; i < threads; ++i) {
     source->threads_.emplace_back([s = source.get()] { s->run_decoder(); });
@@ -100,24 +101,51 @@ void PageSource::run_decoder() {
   signal_ready();
 }
 
+// An image without one, or with one that cannot be read, is filled in the order
+// of its pages.
+void PageSource::order_working_set() {
+  for (const uint64_t page : reader_.working_set().value_or(std::vector<uint64_t>())) {
+    for (size_t i = 0; i < ranges_.size(); ++i) {
+      const ServedRange& range = ranges_[i];
+      if (page < range.first_page || page - range.first_page >= range.page_count()) continue;
+      const uint64_t index = (page - range.first_page) / DecodedExtent::max_pages;
+      const std::pair extent(i, range.first_page + index * DecodedExtent::max_pages);
+      if (in_working_set_.insert(extent).second) working_set_.push_back(extent);
+    }
+  }
+}
+
+void PageSource::set_extent(DecodedExtent& extent, size_t range, uint64_t first_page) const {
+  const uint64_t end = ranges_[range].first_page + ranges_[range].page_count();
+  extent.range = range;
+  extent.first_page = first_page;
+  extent.pages = std::min(DecodedExtent::max_pages, end - first_page);
+}
+
 // Finds the next extent that has data; false when there is none.
 bool PageSource::claim(DecodedExtent& extent) {
   std::lock_guard lock(claim_mutex_);
+  if (next_of_working_set_ < working_set_.size()) {
+    const auto& [range, first_page] = working_set_[next_of_working_set_++];
+    set_extent(extent, range, first_page);
+    return true;
+  }
   for (; next_range_ < ranges_.size(); ++next_range_, next_page_ = 0) {
     const ServedRange& range = ranges_[next_range_];
     const uint64_t end = range.first_page + range.page_count();
     next_page_ = std::max(next_page_, range.first_page);
-    if (next_page_ >= end) continue;
-    // A part of the page tree that cannot be read: its pages are tried one by
-    // one, so that each is found unreadable.
-    const uint64_t page = reader_.next_data_page(next_page_).value_or(next_page_);
-    if (page >= end) continue;
-    const uint64_t index = (page - range.first_page) / DecodedExtent::max_pages;
-    extent.range = next_range_;
-    extent.first_page = range.first_page + index * DecodedExtent::max_pages;
-    extent.pages = std::min(DecodedExtent::max_pages, end - extent.first_page);
-    next_page_ = extent.first_page + extent.pages;
-    return true;
+    while (next_page_ < end) {
+      // A part of the page tree that cannot be read: its pages are tried one by
+      // one, so that each is found unreadable.
+      const uint64_t page = reader_.next_data_page(next_page_).value_or(next_page_);
+      if (page >= end) break;
+      const uint64_t index = (page - range.first_page) / DecodedExtent::max_pages;
+      const uint64_t first_page = range.first_page + index * DecodedExtent::max_pages;
+      next_page_ = first_page + DecodedExtent::max_pages;
+      if (in_working_set_.contains({next_range_, first_page})) continue;  // it has been
+      set_extent(extent, next_range_, first_page);
+      return true;
+    }
   }
   return false;
 }

@@ -3,7 +3,8 @@
 //
 // The unit is an extent: up to 512 neighbouring pages (2 MiB, also one huge
 // page) of a served range that has data. Extents without data are never
-// visited. Memory: `slots` extents of 2 MiB, no more; when all are full the
+// visited. Those that the image says were written first after its instant, its
+// working set, come first. Memory: `slots` extents of 2 MiB, no more; when all are full the
 // decoders wait.
 #pragma once
 
@@ -14,8 +15,10 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "formats/file.h"
@@ -85,8 +88,10 @@ class PageSource {
              const std::vector<ServedRange>& ranges)
       : reader_(reader), marks_(marks), ranges_(ranges) {}
 
+  void order_working_set();
   void run_decoder();
   bool claim(DecodedExtent& extent);
+  void set_extent(DecodedExtent& extent, size_t range, uint64_t first_page) const;
   void decode(DecodedExtent& extent) const;
   void signal_ready() const;
 
@@ -96,6 +101,9 @@ class PageSource {
   Fd ready_;
 
   std::mutex claim_mutex_;  // held while the page tree is read: never by the taker
+  std::vector<std::pair<size_t, uint64_t>> working_set_;  // range and first page of an extent
+  size_t next_of_working_set_ = 0;
+  std::set<std::pair<size_t, uint64_t>> in_working_set_;
   size_t next_range_ = 0;
   uint64_t next_page_ = 0;
 

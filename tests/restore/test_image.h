@@ -56,7 +56,8 @@ inline Page expected_page(uint64_t page) {
 
 inline void write_image(const std::string& path, uint64_t pages,
                         nlohmann::json source = {{"kind", "process"}},
-                        std::vector<Region> regions = {}) {
+                        std::vector<Region> regions = {},
+                        const std::vector<uint64_t>& working_set = {}) {
   const Fd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
   ASSERT_TRUE(fd);
   auto writer = ImageWriter::create(fd.get(), path, pages);
@@ -72,7 +73,7 @@ inline void write_image(const std::string& path, uint64_t pages,
   info.id = "0123456789abcdef0123456789abcdef";
   info.regions = std::move(regions);
   info.source = std::move(source);
-  auto finished = (*writer)->finish(info, {});
+  auto finished = (*writer)->finish(info, {}, working_set);
   ASSERT_TRUE(finished) << finished.error().message();
 }
 
