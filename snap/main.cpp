@@ -7,6 +7,7 @@
 #include "formats/command.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
+#include "formats/store/key_command.h"
 #include "formats/store/store_commands.h"
 #include "restore/restore_commands.h"
 #include "snap/backup.h"
@@ -40,6 +41,7 @@ int main(int argc, char** argv) {
   add_restore_commands(app, context);
   add_image_commands(app, context);
   add_store_commands(app, context);
+  add_key_command(app, context);
   add_backup_command(app, context);
   try {
     app.parse(argc, argv);

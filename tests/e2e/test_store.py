@@ -171,6 +171,28 @@ def test_damage_is_found_and_named(world):
     assert diff.json["differing_pages"] == 0
 
 
+def test_keys_change_and_packs_stay(world):
+    victim = victims.Writers(world, mib=16)
+    store = world.path("store")
+    keys = [world.path("key") for _ in range(2)]
+    for i, key in enumerate(keys):
+        key.write_text(f"key number {i}")
+        key.chmod(0o600)
+    old, new = (["--key-file", key] for key in keys)
+    snapshot(world, store, "--pid", victim.pid, *victim.range_arguments(), *old)
+    packs = {path.name: path.stat().st_mtime_ns for path in (store / "packs").iterdir()}
+    world.vmsnap("list", "--store", store, *new).expect("wrong_key")
+    world.vmsnap("key", "--store", store, *old, "--new-key-file", keys[1]).expect("ok")
+    listed_keys = world.vmsnap("key", "--store", store, *new).expect("ok").out.split("\n")
+    assert len(listed_keys) == 3, listed_keys
+    world.vmsnap("key", "--store", store, *new, "--remove", listed_keys[0].split()[0]).expect("ok")
+    world.vmsnap("list", "--store", store, *old).expect("wrong_key")
+    assert_whole(world, store, *new)
+    last = listed_keys[1].split()[0]
+    world.vmsnap("key", "--store", store, *new, "--remove", last).expect("refused")
+    assert packs == {path.name: path.stat().st_mtime_ns for path in (store / "packs").iterdir()}
+
+
 def test_diff_says_where(world):
     victim = victims.Writers(world, mib=16)
     store = world.path("store")
