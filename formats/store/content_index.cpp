@@ -160,15 +160,6 @@ std::vector<ContentIndex::Hint> ContentIndex::find(uint64_t hash) const {
   return found;
 }
 
-Status ContentIndex::remove(const StorePaths& paths, const std::string& name) {
-  for (const std::string& path : {hints_path(paths, name), packs_path(paths, name)}) {
-    if (::unlink(path.c_str()) < 0 && errno != ENOENT) {
-      return fail_errno(errno, "cannot remove {}", path);
-    }
-  }
-  return {};
-}
-
 Status ContentIndex::add(const StorePaths& paths, const std::string& name,
                          const layout::ImageId& pack, std::span<const layout::PackFrame> frames) {
   const std::string packs_name = packs_path(paths, name);

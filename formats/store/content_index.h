@@ -48,9 +48,6 @@ class ContentIndex {
   static Status add(const StorePaths& paths, const std::string& name, const layout::ImageId& pack,
                     std::span<const layout::PackFrame> frames);
 
-  // Forgets all of it. As add().
-  static Status remove(const StorePaths& paths, const std::string& name);
-
  private:
   Fd hints_;
   uint64_t set_count_ = 0;
