@@ -6,6 +6,7 @@
 #include <cstring>
 #include <span>
 
+#include "formats/checked_block.h"
 #include "formats/checksum.h"
 #include "formats/damage.h"
 #include "formats/metadata.h"
@@ -13,17 +14,6 @@
 namespace vmsnap {
 
 namespace {
-
-bool all_zero(std::span<const uint8_t> bytes) {
-  return std::ranges::all_of(bytes, [](uint8_t byte) { return byte == 0; });
-}
-
-// Of a block that ends with its own checksum.
-template <class Block>
-bool checksum_matches(const Block& block) {
-  const auto bytes = std::as_bytes(std::span(&block, 1));
-  return checksum(bytes.first(offsetof(Block, checksum)), 0) == block.checksum;
-}
 
 tl::unexpected<Error> unsupported(const std::string& path, std::string_view what) {
   return tl::unexpected(Error(ErrorCode::unsupported, fmt::format("{} {}", path, what))
@@ -74,6 +64,10 @@ Result<ImageFile> ImageFile::open(const std::string& path) {
   std::unique_ptr<PlainSource> plain = VMSNAP_TRY(PlainSource::open(path));
   const int fd = plain->fd();
   ImageFile file = VMSNAP_TRY(open(std::shared_ptr<const ByteSource>(std::move(plain))));
+  if (file.find_section(layout::SectionType::packs)) {
+    return tl::unexpected(Error(ErrorCode::usage, path + " is a snapshot in a store, not an image")
+                              .with_remedy("Give --store DIR and the snapshot's id."));
+  }
   file.frames_fd_ = fd;
   return file;
 }
@@ -98,7 +92,7 @@ Status ImageFile::read_header(uint64_t file_length) {
                               .with_remedy("Give the file that 'vmsnap snapshot' made."));
   }
   if (have < sizeof header_) return cut_short(path());
-  if (!checksum_matches(header_))
+  if (block_checksum(header_) != header_.checksum)
     return damaged(path(), "the checksum of its header does not match");
   if (header_.version != layout::format_version) {
     return unsupported(path(),
@@ -122,7 +116,7 @@ Status ImageFile::read_trailer(uint64_t file_length) {
   VMSNAP_CHECK(source_->read_exact(file_length - sizeof trailer_,
                                    std::as_writable_bytes(std::span(&trailer_, 1))));
   if (trailer_.magic != layout::trailer_magic) return cut_short(path());
-  if (!checksum_matches(trailer_)) {
+  if (block_checksum(trailer_) != trailer_.checksum) {
     return damaged(path(), "the checksum of its trailer does not match");
   }
   if (trailer_.version != header_.version || trailer_.id != header_.id) {

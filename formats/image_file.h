@@ -22,6 +22,7 @@ class ImageFile {
   // ErrorCode::damaged for what is not a whole image of ours,
   // ErrorCode::unsupported for one that needs a newer vmsnap. Afterwards every
   // section is inside the file and every length in the trailer in its bounds.
+  // ErrorCode::usage for a manifest, whose frames are elsewhere.
   static Result<ImageFile> open(const std::string& path);
   // The same from bytes that are open: a manifest, which has no frames itself.
   static Result<ImageFile> open(std::shared_ptr<const ByteSource> source);

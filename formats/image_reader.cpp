@@ -27,10 +27,6 @@ ImageReader::~ImageReader() = default;
 
 Result<std::unique_ptr<ImageReader>> ImageReader::open(const std::string& path) {
   ImageFile file = VMSNAP_TRY(ImageFile::open(path));
-  if (file.find_section(layout::SectionType::packs)) {
-    return tl::unexpected(Error(ErrorCode::usage, path + " is a snapshot in a store, not an image")
-                              .with_remedy("Give --store DIR and the snapshot's id."));
-  }
   auto frames = std::make_unique<OwnFrames>(file.own_frames(), file.header().id);
   return open(std::move(file), std::move(frames));
 }

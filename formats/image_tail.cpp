@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "formats/checked_block.h"
 #include "formats/checksum.h"
 #include "formats/image_file.h"
 #include "formats/metadata.h"
@@ -14,13 +15,6 @@
 namespace vmsnap {
 
 namespace {
-
-// Fills in the checksum of a block that ends with it.
-template <class Block>
-void sign(Block& block) {
-  const auto bytes = std::as_bytes(std::span(&block, 1));
-  block.checksum = checksum(bytes.first(offsetof(Block, checksum)), 0);
-}
 
 Result<layout::Section> append_section(ByteSink& file, const ImageTail& tail,
                                        layout::SectionType type, std::span<const std::byte> raw,
@@ -69,7 +63,7 @@ layout::Header make_header(const layout::ImageId& id) {
   header.magic = layout::header_magic;
   header.version = layout::format_version;
   header.id = id;
-  sign(header);
+  header.checksum = block_checksum(header);
   return header;
 }
 
@@ -117,7 +111,7 @@ Result<uint64_t> write_tail(ByteSink& file, const ImageTail& tail, const ImageIn
   }
   VMSNAP_CHECK(file.pad_to(layout::block_size));
   trailer.file_length = file.offset() + sizeof trailer;
-  sign(trailer);
+  trailer.checksum = block_checksum(trailer);
   VMSNAP_CHECK(file.append(std::as_bytes(std::span(&trailer, 1))));
   return trailer.file_length;
 }

@@ -7,26 +7,12 @@
 #include <cerrno>
 #include <cstring>
 
-#include "formats/checksum.h"
+#include "formats/checked_block.h"
 #include "formats/damage.h"
 #include "formats/image_file.h"
 #include "formats/seal.h"
 
 namespace vmsnap {
-
-namespace {
-
-template <class Block>
-bool block_intact(const Block& block) {
-  const auto bytes = std::as_bytes(std::span(&block, 1));
-  return checksum(bytes.first(offsetof(Block, checksum)), 0) == block.checksum;
-}
-
-bool unused(std::span<const uint8_t> bytes) {
-  return std::ranges::all_of(bytes, [](uint8_t byte) { return byte == 0; });
-}
-
-}  // namespace
 
 Result<std::unique_ptr<PackFile>> PackFile::open(const std::string& path, const layout::ImageId& id,
                                                  const SecretKey* master) {
@@ -43,12 +29,12 @@ Result<std::unique_ptr<PackFile>> PackFile::open(const std::string& path, const 
   }
   VMSNAP_CHECK(read_exact_at(pack->fd_.get(), std::as_writable_bytes(std::span(&header, 1)), 0, path));
   if (header.magic != layout::pack_magic) return damaged(path, "it does not begin as a pack does");
-  if (!block_intact(header)) return damaged(path, "the checksum of its header does not match");
+  if (block_checksum(header) != header.checksum) return damaged(path, "the checksum of its header does not match");
   if (header.version != layout::pack_version) {
     return fail(ErrorCode::unsupported, "{} has pack format version {}, newer than this vmsnap's {}",
                 path, header.version, layout::pack_version);
   }
-  if ((header.flags & ~layout::pack_sealed) != 0 || !unused(header.reserved)) {
+  if ((header.flags & ~layout::pack_sealed) != 0 || !all_zero(header.reserved)) {
     return damaged(path, "its header uses reserved bytes");
   }
   if (header.id != id) return damaged(path, "it is another pack than its name says");
@@ -71,10 +57,10 @@ Result<layout::PackTrailer> PackFile::trailer() const {
   const uint64_t begin = length_ - sizeof t;
   VMSNAP_CHECK(read_exact_at(fd_.get(), std::as_writable_bytes(std::span(&t, 1)), begin, path_));
   if (t.magic != layout::pack_end_magic) return damaged(path_, "it does not end as a pack does");
-  if (!block_intact(t)) return damaged(path_, "the checksum of its trailer does not match");
+  if (block_checksum(t) != t.checksum) return damaged(path_, "the checksum of its trailer does not match");
   const uint64_t tag = sealed_ ? layout::seal_tag_bytes : 0;
   if (t.version != layout::pack_version || t.id != id_ || t.file_length != length_ ||
-      t.flags != (sealed_ ? layout::pack_sealed : 0) || !unused(t.reserved)) {
+      t.flags != (sealed_ ? layout::pack_sealed : 0) || !all_zero(t.reserved)) {
     return damaged(path_, "its trailer is not of this pack");
   }
   if (t.frames_end < layout::frames_begin + sizeof(layout::FrameHeader) || t.frames_end > begin ||

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "formats/append_file.h"
-#include "formats/checksum.h"
+#include "formats/checked_block.h"
 #include "formats/image_file.h"
 #include "formats/image_tail.h"
 #include "formats/page_codec.h"
@@ -49,7 +49,7 @@ Result<PackSink::Pack*> PackSink::start_pack() {
   header.flags = master_ ? layout::pack_sealed : 0;
   header.id = id;
   const auto bytes = std::as_bytes(std::span(&header, 1));
-  header.checksum = checksum(bytes.first(offsetof(layout::PackHeader, checksum)), 0);
+  header.checksum = block_checksum(header);
   VMSNAP_CHECK(write_all_at(pack->file.fd(), bytes, 0, pack->file.path()));
   pack->number = VMSNAP_TRY(packs_.add_open(id, pack->file.fd(), pack->file.path(),
                                             pack->key ? &*pack->key : nullptr));
@@ -134,7 +134,7 @@ Status PackSink::end_pack(Pack& pack) {
   trailer.tables_digest = digest(tables);
   trailer.file_length = trailer_offset + sizeof trailer;
   const auto bytes = std::as_bytes(std::span(&trailer, 1));
-  trailer.checksum = checksum(bytes.first(offsetof(layout::PackTrailer, checksum)), 0);
+  trailer.checksum = block_checksum(trailer);
   VMSNAP_CHECK(file.pad_to(8));
   VMSNAP_CHECK(file.append(tables));
   VMSNAP_CHECK(file.append(bytes));

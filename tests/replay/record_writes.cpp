@@ -116,14 +116,7 @@ int open(const char* path, int flags, ...) {
   return opened(static_cast<int>(::syscall(SYS_openat, AT_FDCWD, path, flags, mode)), path, flags, was_there);
 }
 
-int open64(const char* path, int flags, ...) {
-  va_list list;
-  va_start(list, flags);
-  const mode_t mode = va_arg(list, mode_t);
-  va_end(list);
-  const bool was_there = exists(path);
-  return opened(static_cast<int>(::syscall(SYS_openat, AT_FDCWD, path, flags, mode)), path, flags, was_there);
-}
+__attribute__((alias("open"))) int open64(const char* path, int flags, ...);
 
 ssize_t pwrite(int fd, const void* data, size_t length, off_t offset) {
   const std::lock_guard lock(mutex);

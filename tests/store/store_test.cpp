@@ -4,6 +4,7 @@
 #include <set>
 
 #include "formats/page_entry.h"
+#include "formats/verify.h"
 #include "tests/store/test_store.h"
 
 namespace vmsnap {
@@ -134,6 +135,14 @@ TEST_F(SnapshotsInAStore, DoNotNeedTheIndex) {
   EXPECT_EQ(other.counts.stored, 50u);
   expect_pages(*store, other.id, pages);
   EXPECT_EQ(write(*store, pages, {.vm = "third"}).counts.stored, 0u);
+}
+
+// Its frames are elsewhere: that is no damage.
+TEST_F(SnapshotsInAStore, AreNoImageFiles) {
+  const auto store = open();
+  const std::string path = store->paths().snapshot(write(*store, texts(0, 3)).id);
+  EXPECT_EQ(ImageReader::open(path).error().code(), ErrorCode::usage);
+  EXPECT_EQ(verify_image(path).error().code(), ErrorCode::usage);
 }
 
 class ASealedStore : public StoreTest {};
