@@ -19,13 +19,14 @@ inline constexpr std::array test_point_names = {
     std::string_view("attach.created"),       // the VMM holds our uffd too
     std::string_view("attach.detached"),      // ptrace off, uffd ours alone
     std::string_view("snapshot.registered"),  // ranges registered, not armed
+    std::string_view("snapshot.armed_ahead"), // nearly all write-protected, the VM runs
     std::string_view("pause.before"),         // guard told, stop not yet sent
     std::string_view("pause.stopped"),        // the VM stands still
     std::string_view("pause.state_saved"),    // device state taken
     std::string_view("pause.half_armed"),     // some ranges write-protected
     std::string_view("pause.armed"),          // all are
     std::string_view("pause.resumed"),        // the VM runs again
-    std::string_view("copy.first_fault"),     // one fault copied, not released
+    std::string_view("copy.first_fault"),     // one writer waits, nothing copied for it
     std::string_view("copy.half"),            // about half the pages copied
     std::string_view("copy.done"),            // all copied, uffd closed
     std::string_view("store.pack_started"),     // a pack's header written, no frame

@@ -1,70 +1,16 @@
 #include "snap/capture.h"
 
-#include <sys/resource.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 
 #include "formats/test_point.h"
 #include "snap/sweeper.h"
+#include "snap/thread_priority.h"
 
 namespace vmsnap {
 
 namespace {
 
 constexpr std::chrono::milliseconds progress_interval{200};
-// Compressing must not take processor time from the guest and from faults.
-constexpr int worker_nice = 5;
-
-bool is_private(const MemoryPiece& piece) {
-  return piece.backing == Backing::anonymous || piece.backing == Backing::hugetlb_private;
-}
-
-void mark_all(CapturedPiece& piece, uint64_t first_unit, uint64_t end_unit) {
-  for (uint64_t unit = first_unit; unit < end_unit; ++unit) piece.states.set(unit, UnitState::armed);
-}
-
-void mark_runs(CapturedPiece& piece, const std::vector<RemoteRange>& runs) {
-  for (const RemoteRange& run : runs) {
-    mark_all(piece, piece.unit_of(run.start), piece.unit_of(run.end() + (piece.piece.unit_bytes - 1)));
-  }
-}
-
-// Marks what a file of shared memory holds. Its holes become pages through a
-// missing fault only, which the fault handler answers, from now on.
-Status mark_file_data(const Process& process, const PageMap& pagemap, CapturedPiece& piece) {
-  const int fd = piece.piece.file->get();
-  if (piece.piece.backing == Backing::hugetlb_shared) {
-    // No SEEK_DATA there. If the file has no more blocks than the process has
-    // pages of it, what is not mapped is a hole; else all may be data.
-    struct stat about = {};
-    if (::fstat(fd, &about) < 0) return fail_errno(errno, "cannot look at shared memory");
-    piece.expected_blocks = static_cast<uint64_t>(about.st_blocks);
-    const auto mapped = VMSNAP_TRY(pagemap.populated(piece.piece.range));
-    uint64_t mapped_bytes = 0;
-    for (const RemoteRange& run : mapped) mapped_bytes += run.length;
-    if (mapped_bytes / 512 == piece.expected_blocks) {
-      mark_runs(piece, mapped);
-    } else {
-      mark_all(piece, 0, piece.states.count());
-    }
-    return {};
-  }
-  const off_t start = static_cast<off_t>(piece.piece.file_offset);
-  const off_t end = start + static_cast<off_t>(piece.piece.range.length);
-  for (off_t at = start; at < end;) {
-    const off_t data = ::lseek(fd, at, SEEK_DATA);
-    if (data < 0 && errno == ENXIO) break;
-    const off_t hole = data < 0 ? -1 : ::lseek(fd, data, SEEK_HOLE);
-    if (hole < 0) return fail_errno(errno, "cannot find the data in shared memory of {}", process.describe());
-    if (data >= end) break;
-    mark_all(piece, static_cast<uint64_t>(data - start) / page_size,
-             static_cast<uint64_t>(std::min(hole, end) - start + page_size - 1) / page_size);
-    at = hole;
-  }
-  return {};
-}
 
 }  // namespace
 
@@ -97,6 +43,7 @@ Result<std::unique_ptr<Capture>> Capture::create(const Process& process, const G
   capture->faults_ = std::make_unique<FaultHandler>(*capture->state_, capture->options_.stall_limit,
                                                     capture->options_.heartbeat);
   VMSNAP_CHECK(capture->faults_->prepare());
+  capture->arming_ = std::make_unique<Arming>(*capture->state_, capture->options_.keep_huge_pages);
   return capture;
 }
 
@@ -121,63 +68,37 @@ void Capture::stop_threads() {
   }
 }
 
-Status Capture::begin() {
+Status Capture::begin(const std::function<Status()>& on_progress) {
   for (unsigned i = 0; i < std::max(1u, options_.workers); ++i) {
     workers_.emplace_back([this] { compress(); });
   }
   fault_thread_ = std::thread([this] { faults_->run(); });
-  for (const auto& piece : state_->pieces) {
-    const RegisterMode mode = {.missing = piece->piece.shared(), .write_protect = true};
-    const RegisterOutcome outcome = VMSNAP_TRY(state_->uffd.register_range(piece->piece.range, mode));
-    if (outcome == RegisterOutcome::done) {
-      if (piece->piece.shared()) {
-        VMSNAP_CHECK(mark_file_data(state_->process, state_->pagemap, *piece));
-      }
-      continue;
-    }
-    return tl::unexpected(
-        Error(ErrorCode::refused,
-              fmt::format("memory of {} at {:#x} {}", state_->process.describe(),
-                          piece->piece.range.start.address(),
-                          outcome == RegisterOutcome::busy ? "is watched by another userfaultfd"
-                                                           : "cannot be write-protected"))
-            .with_remedy(outcome == RegisterOutcome::busy
-                             ? "Another snapshot or migration is at work on it: wait for it to end."
-                             : "Give the VM anonymous, memfd, tmpfs or hugetlbfs memory."));
-  }
+  for (const auto& piece : state_->pieces) VMSNAP_CHECK(watch(piece->piece));
   VMSNAP_TEST_POINT("snapshot.registered");
+  VMSNAP_CHECK(arming_->ahead(on_progress));
+  VMSNAP_TEST_POINT("snapshot.armed_ahead");
   return state_->status();
+}
+
+Status Capture::watch(const MemoryPiece& piece) {
+  const RegisterMode mode = {.missing = piece.shared(), .write_protect = true};
+  const RegisterOutcome outcome = VMSNAP_TRY(state_->uffd.register_range(piece.range, mode));
+  if (outcome == RegisterOutcome::done) return {};
+  return tl::unexpected(
+      Error(ErrorCode::refused,
+            fmt::format("memory of {} at {:#x} {}", state_->process.describe(), piece.range.start.address(),
+                        outcome == RegisterOutcome::busy ? "is watched by another userfaultfd"
+                                                         : "cannot be write-protected"))
+          .with_remedy(outcome == RegisterOutcome::busy
+                           ? "Another snapshot or migration is at work on it: wait for it to end."
+                           : "Give the VM anonymous, memfd, tmpfs or hugetlbfs memory."));
 }
 
 Status Capture::arm() {
-  std::lock_guard lock(faults_->arming());
-  const size_t half = state_->pieces.size() / 2;
-  for (size_t i = 0; i < state_->pieces.size(); ++i) {
-    if (i == half) VMSNAP_TEST_POINT("pause.half_armed");
-    VMSNAP_CHECK(arm_piece(*state_->pieces[i]));
-  }
-  faults_->set_armed();
+  std::lock_guard lock(state_->arming);
+  VMSNAP_CHECK(arming_->at_instant());
   VMSNAP_TEST_POINT("pause.armed");
   return state_->status();
-}
-
-Status Capture::arm_piece(CapturedPiece& piece) {
-  for (;;) {
-    const ProtectOutcome outcome = VMSNAP_TRY(state_->uffd.write_protect(piece.piece.range));
-    if (outcome == ProtectOutcome::done) break;
-    if (outcome == ProtectOutcome::no_mapping) {
-      return tl::unexpected(state_->discarded(piece.piece.range.start));
-    }
-    VMSNAP_CHECK(state_->status());
-  }
-  // Of private memory the marks themselves say what was there: absent pages
-  // carry none, and read as zero.
-  if (is_private(piece.piece)) {
-    mark_runs(piece, VMSNAP_TRY(state_->pagemap.marked(piece.piece.range)));
-  } else if (piece.piece.backing == Backing::private_of_file) {
-    mark_all(piece, 0, piece.states.count());
-  }
-  return {};
 }
 
 Status Capture::finish(const std::function<Status()>& on_progress) {
@@ -233,7 +154,7 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
 }
 
 void Capture::compress() {
-  ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), worker_nice);
+  defer_this_thread();
   ImageWriter::Encoder encoder;
   while (Chunk* chunk = state_->staging->take_full()) {
     const auto counts = writer_.write_pages(encoder, chunk->numbers(), chunk->data());

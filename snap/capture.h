@@ -2,7 +2,9 @@
 // instant.
 //
 //   create()   nothing of the target is touched
-//   begin()    the memory is registered with the userfaultfd; the target runs
+//   begin()    the memory is registered with the userfaultfd and nearly all of
+//              it write-protected; the target runs, and is let through
+//   arm_again()  the same for what was written since; right before the pause
 //   arm()      the instant; the target must stand still while this runs
 //   finish()   the target runs; returns when every page is in the image
 //
@@ -21,6 +23,7 @@
 
 #include "formats/error.h"
 #include "formats/image_writer.h"
+#include "snap/arming.h"
 #include "snap/capture_state.h"
 #include "snap/fault_handler.h"
 #include "snap/vmm/guest_memory.h"
@@ -32,6 +35,7 @@ namespace vmsnap {
 struct CaptureOptions {
   unsigned workers = 2;
   uint64_t staging_bytes = 64 << 20;
+  bool keep_huge_pages = true;  // capture each as a whole: see arming.h
   std::chrono::milliseconds stall_limit{10000};
   std::function<void()> heartbeat = [] {};  // often, while the target may wait for us
   std::function<void()> released = [] {};   // from now on it waits for us no more
@@ -48,7 +52,10 @@ class Capture {
                                                  CaptureOptions options);
   ~Capture();
 
-  Status begin();
+  // Some 30 ms per GiB. `on_progress` is called at least every few milliseconds;
+  // an error it returns ends the capture.
+  Status begin(const std::function<Status()>& on_progress);
+  Status arm_again() { return arming_->again(); }
   Status arm();
   // `on_progress` is called about five times a second; an error it returns
   // ends the capture.
@@ -60,7 +67,7 @@ class Capture {
 
  private:
   Capture(ImageWriter& writer, CaptureOptions options) : writer_(writer), options_(std::move(options)) {}
-  Status arm_piece(CapturedPiece& piece);
+  Status watch(const MemoryPiece& piece);
   void compress();
   void stop_threads();
 
@@ -68,6 +75,7 @@ class Capture {
   CaptureOptions options_;
   std::unique_ptr<CaptureState> state_;
   std::unique_ptr<FaultHandler> faults_;
+  std::unique_ptr<Arming> arming_;
   std::thread fault_thread_, sweep_thread_;
   std::vector<std::thread> workers_;
   std::atomic<bool> swept_ = false;

@@ -37,17 +37,44 @@ struct CapturedPiece {
   // 512-byte blocks shows that one was made.
   std::atomic<uint64_t> expected_blocks = 0;
 
+  // Private memory: where no page was when it was surveyed (arming.h).
+  std::vector<RemoteRange> holes;
+
+  // 2 MiB of the process's addresses, as units of 4 KiB; cut off at the ends of
+  // the piece.
+  struct Window {
+    uint64_t first = 0, end = 0;
+  };
+  Window window(uint64_t unit) const;
+  // Whether the window around the unit is mapped as a huge page, as far as we
+  // know. Written under CaptureState::arming before the instant.
+  bool is_huge(uint64_t unit) const { return !huge_.empty() && huge_[window_index(unit)]; }
+  void note_huge(uint64_t first_unit, uint64_t count);
+
   uint64_t unit_pages() const { return piece.unit_bytes / page_size; }
   RemoteRange units(uint64_t first, uint64_t count) const {
     return {piece.range.start + first * piece.unit_bytes, count * piece.unit_bytes};
   }
   uint64_t page_of(uint64_t unit) const { return piece.first_page + unit * unit_pages(); }
   uint64_t unit_of(RemotePtr address) const { return (address - piece.range.start) / piece.unit_bytes; }
+
+ private:
+  size_t window_index(uint64_t unit) const;
+
+  std::vector<bool> huge_;  // a bit a window; empty: none is
+};
+
+struct UnitRun {
+  CapturedPiece* piece = nullptr;
+  uint64_t first = 0, count = 0;  // units
+
+  uint64_t end() const { return first + count; }
 };
 
 struct CaptureCounters {
   std::atomic<uint64_t> copied_pages = 0;
   std::atomic<uint64_t> zero_pages = 0, duplicate_pages = 0, stored_pages = 0;  // compressed so far
+  std::atomic<uint64_t> early_writes = 0;  // let through before the instant
   std::atomic<uint64_t> write_faults = 0;
   std::atomic<uint64_t> armed_pages = 0;  // what there is to copy; known after arm()
   LatencyHistogram fault_latency;         // event read until the writer goes on
@@ -64,6 +91,17 @@ class CaptureState {
   std::vector<std::unique_ptr<CapturedPiece>> pieces;  // by page number
   std::unique_ptr<Staging> staging;
   CaptureCounters counters;
+  // Before the instant, and at it (arming.h). The mutex is held while events
+  // are read and answered, so that none is read before the instant and answered
+  // after it.
+  std::mutex arming;
+  bool armed = false;                // the instant has been
+  std::vector<UnitRun> let_through;  // freed for early writers since they were last protected
+
+  // What was written shortly before the instant, and so is written again soon.
+  // Arming's until the instant.
+  std::vector<UnitRun> written_early;
+
   // Pages in the order in which writes to them waited for us: the working set.
   // The fault handler's until it ends; at most max_first_written.
   std::vector<uint64_t> first_written;

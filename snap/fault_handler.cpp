@@ -8,6 +8,8 @@
 #include <cerrno>
 
 #include "formats/test_point.h"
+#include "snap/thread_priority.h"
+#include "snap/window_copy.h"
 
 namespace vmsnap {
 
@@ -17,6 +19,8 @@ using Clock = std::chrono::steady_clock;
 constexpr int idle_ms = 200;  // how often an idle handler gives a sign of life
 constexpr int lull_ms = 20;   // how long pages wait for company on their way to a compressor
 constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
+constexpr uint64_t early_pages = 16;  // that one early write frees
+constexpr uint64_t max_ahead = 32;    // pages that are copied before they are asked for
 
 }  // namespace
 
@@ -41,17 +45,15 @@ void FaultHandler::request_stop() {
 }
 
 void FaultHandler::run() {
+  prefer_this_thread();
   pollfd watched[] = {{state_.uffd.fd(), POLLIN, 0},
                       {stop_.get(), POLLIN, 0},
                       {state_.process.pidfd(), POLLIN, 0}};
   while (!state_.failed()) {
     heartbeat_();
-    const auto events = state_.uffd.read_events();
-    if (!events) return state_.fail(events.error());
-    for (const UffdEvent& event : *events) {
-      if (const Status handled = handle(event); !handled) return state_.fail(handled.error());
-    }
-    if (!events->empty()) continue;
+    const auto answered = answer_events();
+    if (!answered) return state_.fail(answered.error());
+    if (*answered > 0) continue;
     if (stopping_) break;
     const int ready = ::poll(watched, std::size(watched), chunk_ ? lull_ms : idle_ms);
     if (ready < 0 && errno != EINTR) return state_.fail(Error::from_errno(errno, "poll failed"));
@@ -64,29 +66,49 @@ void FaultHandler::run() {
   flush();
 }
 
-// A page has its mark before it has its state: an event that comes in between
-// (QEMU's own threads run on in a pause) waits until both are there.
+Result<size_t> FaultHandler::answer_events() {
+  std::lock_guard lock(state_.arming);
+  const auto events = VMSNAP_TRY(state_.uffd.read_events());
+  for (const UffdEvent& event : events) VMSNAP_CHECK(handle(event));
+  return events.size();
+}
+
 Status FaultHandler::handle(const UffdEvent& event) {
-  std::lock_guard lock(arming_);
   CapturedPiece* piece = state_.find(event.address);
   if (!piece) return fail(ErrorCode::vm, "a fault outside the captured memory at {:#x}", event.address.address());
   const uint64_t unit = piece->unit_of(event.address);
   switch (event.kind) {
-    case UffdEvent::Kind::write_protect: return handle_write(*piece, unit);
+    case UffdEvent::Kind::write_protect:
+      return state_.armed ? handle_write(*piece, unit) : let_through(*piece, unit);
     case UffdEvent::Kind::missing: return handle_missing(*piece, unit);
     default: return {};  // not asked for at UFFDIO_API
   }
 }
 
+// The instant is not yet: whoever writes shall write, and those who write next
+// to it need not ask.
+Status FaultHandler::let_through(CapturedPiece& piece, uint64_t unit) {
+  ++state_.counters.early_writes;
+  CapturedPiece::Window free = piece.window(unit);
+  if (!piece.is_huge(unit)) {
+    free = {std::max(free.first, unit / early_pages * early_pages),
+            std::min(free.end, (unit / early_pages + 1) * early_pages)};
+  }
+  // Noted first: a page that is free and not noted would be lost.
+  state_.let_through.push_back({&piece, free.first, free.end - free.first});
+  return state_.release(piece, free.first, free.end - free.first);
+}
+
 Status FaultHandler::handle_write(CapturedPiece& piece, uint64_t unit) {
   const auto start = Clock::now();
-  ++state_.counters.write_faults;
+  if (++state_.counters.write_faults == 1) VMSNAP_TEST_POINT("copy.first_fault");
   if (state_.first_written.size() < CaptureState::max_first_written) {
     state_.first_written.push_back(piece.page_of(unit));
   }
-  if (piece.states.claim(unit)) {
-    VMSNAP_CHECK(copy_unit(piece, unit));
-  } else if (piece.states.get(unit) != UnitState::claimed) {
+  const UnitState state = piece.states.get(unit);
+  if (state == UnitState::armed) {
+    VMSNAP_CHECK(piece.piece.unit_bytes == page_size ? copy_pages(piece, unit) : copy_large_unit(piece, unit));
+  } else if (state != UnitState::claimed) {
     // Copied and freed since the event was raised: only the wake-up is owed.
     VMSNAP_CHECK(state_.release(piece, unit, 1));
   }
@@ -95,20 +117,33 @@ Status FaultHandler::handle_write(CapturedPiece& piece, uint64_t unit) {
   return {};
 }
 
-Status FaultHandler::copy_unit(CapturedPiece& piece, uint64_t unit) {
-  std::span<std::byte> to;
+// What is copied together with a page that is waited for: all of a huge page;
+// else what comes next, if this page came right after the last ones.
+CapturedPiece::Window FaultHandler::around(const CapturedPiece& piece, uint64_t unit) const {
+  const CapturedPiece::Window window = piece.window(unit);
+  if (piece.is_huge(unit)) return window;
+  return {unit, std::min(window.end, unit + ahead_)};
+}
+
+Status FaultHandler::copy_pages(CapturedPiece& piece, uint64_t unit) {
+  const uint64_t page = piece.page_of(unit);
+  ahead_ = page == next_page_ ? std::min(ahead_ * 2, max_ahead) : 1;
+  const CapturedPiece::Window window = around(piece, unit);
+  next_page_ = piece.page_of(window.end);
+  Chunk* chunk = VMSNAP_TRY(chunk_with_room(window.end - window.first));
+  return copy_window(state_, piece, window.first, window.end, *chunk);
+}
+
+Status FaultHandler::copy_large_unit(CapturedPiece& piece, uint64_t unit) {
+  if (!piece.states.claim(unit)) return {};
   for (uint64_t offset = 0; offset < piece.piece.unit_bytes;) {
-    Chunk* chunk = VMSNAP_TRY(chunk_with_room());
+    Chunk* chunk = VMSNAP_TRY(chunk_with_room(1));
     const uint64_t bytes = std::min({piece.piece.unit_bytes - offset, chunk_bytes, chunk->free() * page_size});
-    to = chunk->add(piece.page_of(unit) + offset / page_size, bytes / page_size);
+    const std::span<std::byte> to = chunk->add(piece.page_of(unit) + offset / page_size, bytes / page_size);
     VMSNAP_CHECK(state_.copy(piece, unit, offset, to));
     offset += bytes;
   }
-  VMSNAP_CHECK(state_.check(piece, unit, 1, piece.piece.unit_bytes == page_size ? to : std::span<std::byte>()));
-  if (!first_fault_seen_) {
-    first_fault_seen_ = true;
-    VMSNAP_TEST_POINT("copy.first_fault");
-  }
+  VMSNAP_CHECK(state_.check(piece, unit, 1, {}));
   VMSNAP_CHECK(state_.release(piece, unit, 1));
   piece.states.set(unit, UnitState::done);
   state_.counters.copied_pages += piece.unit_pages();
@@ -119,9 +154,10 @@ Status FaultHandler::copy_unit(CapturedPiece& piece, uint64_t unit) {
 // kernel would have done without us.
 Status FaultHandler::handle_missing(CapturedPiece& piece, uint64_t unit) {
   const UnitState before = piece.states.get(unit);
-  if (!armed_) {
+  if (!state_.armed) {
     // It holds whatever the guest writes until the instant: to be copied.
     piece.states.set(unit, UnitState::armed);
+    state_.let_through.push_back({&piece, unit, 1});
   } else if (before == UnitState::armed || before == UnitState::claimed) {
     return tl::unexpected(state_.discarded(piece.units(unit, 1).start));
   }
@@ -146,10 +182,10 @@ Status FaultHandler::handle_missing(CapturedPiece& piece, uint64_t unit) {
   }
 }
 
-// The chunk for single pages, handed on and replaced when it is full. Waiting
-// here is the guest waiting: bounded, and noticed.
-Result<Chunk*> FaultHandler::chunk_with_room() {
-  if (chunk_ && chunk_->free() > 0) return chunk_;
+// The chunk, handed on and replaced when `pages` more do not fit. Waiting here is
+// the guest waiting: bounded, and noticed.
+Result<Chunk*> FaultHandler::chunk_with_room(size_t pages) {
+  if (chunk_ && chunk_->free() >= pages) return chunk_;
   flush();
   const auto deadline = Clock::now() + stall_limit_;
   while (!state_.failed()) {

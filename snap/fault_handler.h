@@ -1,11 +1,11 @@
-// Answers the userfaultfd: copies the page that a writer waits for, and lets
+// Answers the userfaultfd. Before the instant it lets writers through and notes
+// where; from then on it copies the page that a writer waits for, and then lets
 // the writer go on.
 #pragma once
 
 #include <atomic>
 #include <chrono>
 #include <functional>
-#include <mutex>
 #include <vector>
 
 #include "formats/file.h"
@@ -28,19 +28,16 @@ class FaultHandler {
   void run();
   void request_stop();
 
-  // Held while memory is being armed: events are answered before or after it,
-  // never in the middle, when marks are there and states are not.
-  std::mutex& arming() { return arming_; }
-  // To be set under arming(): from now on, what is filled in was not there at
-  // the instant.
-  void set_armed() { armed_ = true; }
-
  private:
+  Result<size_t> answer_events();
   Status handle(const UffdEvent& event);
+  Status let_through(CapturedPiece& piece, uint64_t unit);
   Status handle_write(CapturedPiece& piece, uint64_t unit);
   Status handle_missing(CapturedPiece& piece, uint64_t unit);
-  Status copy_unit(CapturedPiece& piece, uint64_t unit);
-  Result<Chunk*> chunk_with_room();
+  CapturedPiece::Window around(const CapturedPiece& piece, uint64_t unit) const;
+  Status copy_pages(CapturedPiece& piece, uint64_t unit);
+  Status copy_large_unit(CapturedPiece& piece, uint64_t unit);
+  Result<Chunk*> chunk_with_room(size_t pages);
   void flush();
 
   CaptureState& state_;
@@ -48,11 +45,10 @@ class FaultHandler {
   std::function<void()> heartbeat_;
   Fd stop_;  // eventfd
   std::atomic<bool> stopping_ = false;
-  std::mutex arming_;
-  bool armed_ = false;
-  Chunk* chunk_ = nullptr;        // being filled with single pages
+  Chunk* chunk_ = nullptr;        // being filled
+  uint64_t next_page_ = 0;        // after the last that was copied
+  uint64_t ahead_ = 1;            // how many at a time: grows while they come in order
   std::vector<std::byte> zeros_;  // one hugetlb page, made when first needed
-  bool first_fault_seen_ = false;
 };
 
 }  // namespace vmsnap

@@ -44,13 +44,18 @@ Status SnapshotJob::attach(Qmp* qmp) {
       Capture::create(process_, memory_, std::move(handed.uffd), output_->image(), std::move(options)));
   // From here on a touched page may wait for us.
   guard_->watching();
-  return capture_->begin();
+  return capture_->begin([this]() -> Status {
+    guard_->heartbeat();
+    return check_interrupted();
+  });
 }
 
-void SnapshotJob::pause_begins(bool resume_if_we_die) {
+Status SnapshotJob::pause_begins(bool resume_if_we_die) {
+  VMSNAP_CHECK(capture_->arm_again());
   if (resume_if_we_die) guard_->pausing();
   VMSNAP_TEST_POINT("pause.before");
   pause_start_ = Clock::now();
+  return {};
 }
 
 void SnapshotJob::pause_ended() {

@@ -35,7 +35,7 @@ class SnapshotJob {
 
   // The target stands still from pause_begins() to pause_ended(). With
   // `resume_if_we_die`, the guard sends `cont` should we not get to the end.
-  void pause_begins(bool resume_if_we_die);
+  Status pause_begins(bool resume_if_we_die);
   void pause_ended();
   // The instant; inside the pause.
   Status arm();

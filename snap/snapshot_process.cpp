@@ -37,7 +37,7 @@ Result<SnapshotSummary> run(SnapshotJob& job, std::vector<MemoryBlock> blocks,
       {"arguments", VMSNAP_TRY(process.arguments())},
   };
   VMSNAP_CHECK(job.prepare(std::move(blocks), nullptr, process.describe()));
-  job.pause_begins(/*resume_if_we_die=*/false);
+  VMSNAP_CHECK(job.pause_begins(/*resume_if_we_die=*/false));
   {
     // The kernel lets the threads go if we die in here.
     ThreadStop stopped = VMSNAP_TRY(ThreadStop::stop(process));

@@ -29,8 +29,8 @@ class VmPause {
   }
 
   Status begin() {
+    VMSNAP_CHECK(job_.pause_begins(/*resume_if_we_die=*/was_running_));
     begun_ = true;
-    job_.pause_begins(/*resume_if_we_die=*/was_running_);
     if (was_running_) VMSNAP_TRY(qmp_.execute("stop"));
     VMSNAP_TEST_POINT("pause.stopped");
     return {};

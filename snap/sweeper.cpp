@@ -1,18 +1,16 @@
 #include "snap/sweeper.h"
 
 #include <algorithm>
-#include <vector>
+
+#include "snap/window_copy.h"
 
 namespace vmsnap {
 
 namespace {
 
-constexpr uint64_t window_bytes = Chunk::capacity * page_size;
+constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
+constexpr uint64_t small_window = 64;  // pages
 constexpr std::chrono::milliseconds chunk_wait{200};
-
-struct Run {
-  uint64_t first = 0, count = 0;  // units
-};
 
 Chunk* wait_for_chunk(CaptureState& state) {
   while (!state.failed()) {
@@ -21,110 +19,107 @@ Chunk* wait_for_chunk(CaptureState& state) {
   return nullptr;
 }
 
-// Units of [first, end) that are still to be copied, claimed, as runs.
-std::vector<Run> claim_runs(UnitStates& states, uint64_t first, uint64_t end) {
-  std::vector<Run> runs;
-  for (uint64_t unit = first; unit < end; ++unit) {
-    if (states.get(unit) != UnitState::armed || !states.claim(unit)) continue;
-    if (!runs.empty() && runs.back().first + runs.back().count == unit) {
-      ++runs.back().count;
-    } else {
-      runs.push_back({unit, 1});
-    }
-  }
-  return runs;
+// Whoever writes to a page that the sweep is copying waits for all of the
+// window: few pages, except of a huge page, which must be freed as a whole.
+CapturedPiece::Window next_window(const CapturedPiece& piece, uint64_t first) {
+  CapturedPiece::Window window = piece.window(first);
+  if (piece.is_huge(first)) return {first, window.end};
+  return {first, std::min(window.end, first + small_window)};
 }
 
-// Frees the copied runs of one window. In one call where nobody else is at
-// work in it, because that leaves a huge page whole.
-Status release_window(CaptureState& state, CapturedPiece& piece, uint64_t first, uint64_t end,
-                      const std::vector<Run>& runs) {
-  uint64_t ours = 0, others = 0;
-  for (const Run& run : runs) ours += run.count;
-  for (uint64_t unit = first; unit < end; ++unit) {
-    const UnitState now = piece.states.get(unit);
-    others += now == UnitState::claimed || now == UnitState::armed;
+// Fills chunks with what is armed and hands them on.
+class Sweep {
+ public:
+  explicit Sweep(CaptureState& state) : state_(state) {}
+  ~Sweep() {
+    if (chunk_) state_.staging->give_back(chunk_);
   }
-  if (others == ours) {
-    VMSNAP_CHECK(state.release(piece, first, end - first));
+
+  // Units of 4 KiB.
+  Status pages(CapturedPiece& piece, uint64_t first, uint64_t end);
+  Status large_unit(CapturedPiece& piece, uint64_t unit);
+  void flush();
+
+ private:
+  bool make_room(uint64_t pages);
+
+  CaptureState& state_;
+  Chunk* chunk_ = nullptr;
+};
+
+void Sweep::flush() {
+  if (!chunk_) return;
+  if (chunk_->size() > 0) {
+    state_.staging->hand_on(chunk_);
   } else {
-    for (const Run& run : runs) VMSNAP_CHECK(state.release(piece, run.first, run.count));
+    state_.staging->give_back(chunk_);
   }
-  for (const Run& run : runs) {
-    for (uint64_t unit = run.first; unit < run.first + run.count; ++unit) {
-      piece.states.set(unit, UnitState::done);
-    }
-  }
-  return {};
+  chunk_ = nullptr;
 }
 
-// A window of 4 KiB units, at most one chunk.
-Status sweep_window(CaptureState& state, CapturedPiece& piece, uint64_t first, uint64_t end) {
-  bool any = false;
-  for (uint64_t unit = first; unit < end && !any; ++unit) {
-    any = piece.states.get(unit) == UnitState::armed;
-  }
-  if (!any) return {};
-  // The chunk first: nothing stays claimed, and no guest waits, while we wait.
-  Chunk* chunk = wait_for_chunk(state);
-  if (!chunk) return state.status();
-  const std::vector<Run> runs = claim_runs(piece.states, first, end);
-  for (const Run& run : runs) {
-    const std::span<std::byte> to = chunk->add(piece.page_of(run.first), run.count);
-    VMSNAP_CHECK(state.copy(piece, run.first, 0, to));
-    VMSNAP_CHECK(state.check(piece, run.first, run.count, to));
-  }
-  VMSNAP_CHECK(release_window(state, piece, first, end, runs));
-  state.counters.copied_pages += chunk->size();
-  if (chunk->size() > 0) {
-    state.staging->hand_on(chunk);
-  } else {
-    state.staging->give_back(chunk);
-  }
-  return {};
+// Before anything is claimed: no guest waits while we wait. False when the
+// capture has failed.
+bool Sweep::make_room(uint64_t pages) {
+  if (chunk_ && chunk_->free() >= pages) return true;
+  flush();
+  chunk_ = wait_for_chunk(state_);
+  return chunk_ != nullptr;
 }
 
-// One hugetlb page, a chunk at a time.
-Status sweep_large_unit(CaptureState& state, CapturedPiece& piece, uint64_t unit) {
-  if (!piece.states.claim(unit)) return {};
-  for (uint64_t offset = 0; offset < piece.piece.unit_bytes; offset += window_bytes) {
-    Chunk* chunk = wait_for_chunk(state);
-    if (!chunk) return state.status();
-    const uint64_t pages = std::min(window_bytes, piece.piece.unit_bytes - offset) / page_size;
-    const std::span<std::byte> to = chunk->add(piece.page_of(unit) + offset / page_size, pages);
-    VMSNAP_CHECK(state.copy(piece, unit, offset, to));
-    state.staging->hand_on(chunk);
-  }
-  VMSNAP_CHECK(state.check(piece, unit, 1, {}));
-  VMSNAP_CHECK(state.release(piece, unit, 1));
-  piece.states.set(unit, UnitState::done);
-  state.counters.copied_pages += piece.unit_pages();
-  return {};
-}
-
-Status sweep_piece(CaptureState& state, CapturedPiece& piece) {
-  const uint64_t count = piece.states.count();
-  for (uint64_t first = 0; first < count && !state.failed();) {
-    if (piece.piece.unit_bytes > page_size) {
-      VMSNAP_CHECK(sweep_large_unit(state, piece, first));
+Status Sweep::pages(CapturedPiece& piece, uint64_t first, uint64_t end) {
+  while (first < end && !state_.failed()) {
+    if (piece.states.get(first) != UnitState::armed) {
       ++first;
       continue;
     }
-    // Windows end at multiples of 2 MiB of the process's addresses.
-    const uint64_t address = piece.units(first, 1).start.address();
-    const uint64_t end = std::min(count, first + (window_bytes - address % window_bytes) / page_size);
-    VMSNAP_CHECK(sweep_window(state, piece, first, end));
-    first = end;
+    const CapturedPiece::Window window = next_window(piece, first);
+    if (!make_room(window.end - window.first)) break;
+    VMSNAP_CHECK(copy_window(state_, piece, window.first, window.end, *chunk_));
+    first = window.end;
   }
+  return state_.status();
+}
+
+// One hugetlb page, a chunk at a time.
+Status Sweep::large_unit(CapturedPiece& piece, uint64_t unit) {
+  if (!piece.states.claim(unit)) return {};
+  for (uint64_t offset = 0; offset < piece.piece.unit_bytes; offset += chunk_bytes) {
+    const uint64_t pages = std::min(chunk_bytes, piece.piece.unit_bytes - offset) / page_size;
+    if (!make_room(pages)) return state_.status();
+    const std::span<std::byte> to = chunk_->add(piece.page_of(unit) + offset / page_size, pages);
+    VMSNAP_CHECK(state_.copy(piece, unit, offset, to));
+  }
+  VMSNAP_CHECK(state_.check(piece, unit, 1, {}));
+  VMSNAP_CHECK(state_.release(piece, unit, 1));
+  piece.states.set(unit, UnitState::done);
+  state_.counters.copied_pages += piece.unit_pages();
   return {};
+}
+
+Status sweep_all(CaptureState& state) {
+  Sweep sweep(state);
+  for (const UnitRun& run : state.written_early) {
+    if (run.piece->piece.unit_bytes == page_size) {
+      VMSNAP_CHECK(sweep.pages(*run.piece, run.first, run.end()));
+    }
+  }
+  for (const auto& piece : state.pieces) {
+    if (piece->piece.unit_bytes == page_size) {
+      VMSNAP_CHECK(sweep.pages(*piece, 0, piece->states.count()));
+      continue;
+    }
+    for (uint64_t unit = 0; unit < piece->states.count() && !state.failed(); ++unit) {
+      VMSNAP_CHECK(sweep.large_unit(*piece, unit));
+    }
+  }
+  sweep.flush();
+  return state.status();
 }
 
 }  // namespace
 
 void sweep(CaptureState& state) {
-  for (const auto& piece : state.pieces) {
-    if (const Status swept = sweep_piece(state, *piece); !swept) return state.fail(swept.error());
-  }
+  if (const Status swept = sweep_all(state); !swept) state.fail(swept.error());
 }
 
 }  // namespace vmsnap

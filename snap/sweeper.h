@@ -1,5 +1,6 @@
-// The background sweep: copies, in address order, what no write fault has
-// brought in yet.
+// The background sweep: copies what no write fault has brought in yet. First
+// what was written shortly before the instant, because it will be written
+// again; then all, in address order.
 #pragma once
 
 #include "snap/capture_state.h"
@@ -9,9 +10,6 @@ namespace vmsnap {
 // Runs until every unit is done or claimed by somebody else, or the capture
 // has failed; errors go to state.fail(). Called once, in a thread of its own,
 // after the memory was armed.
-//
-// It goes by windows of 2 MiB: a transparent huge page is copied and freed as
-// a whole, so that the sweep never splits one.
 void sweep(CaptureState& state);
 
 }  // namespace vmsnap

@@ -36,6 +36,7 @@ constexpr unsigned long pagemap_scan = _IOWR('f', 16, ScanArgument);
 constexpr uint64_t category_written = 1 << 1;  // carries no write-protect mark
 constexpr uint64_t category_present = 1 << 3;
 constexpr uint64_t category_swapped = 1 << 4;
+constexpr uint64_t category_huge = 1 << 6;
 
 // Bits of an entry of /proc/PID/pagemap.
 constexpr uint64_t entry_marked = uint64_t{1} << 57;
@@ -71,6 +72,15 @@ Result<std::vector<RemoteRange>> PageMap::marked(RemoteRange range) const {
   return scan(range, Want::marked);
 }
 
+Result<std::vector<RemoteRange>> PageMap::unmarked(RemoteRange range) const {
+  return scan(range, Want::unmarked);
+}
+
+Result<std::vector<RemoteRange>> PageMap::huge(RemoteRange range) const {
+  if (!use_ioctl_) return std::vector<RemoteRange>();
+  return scan_by_ioctl(range, Want::huge);
+}
+
 Result<std::vector<RemoteRange>> PageMap::scan(RemoteRange range, Want want) const {
   return use_ioctl_ ? scan_by_ioctl(range, want) : scan_by_read(range, want);
 }
@@ -88,13 +98,12 @@ Result<std::vector<RemoteRange>> PageMap::scan_by_ioctl(RemoteRange range, Want 
     request.regions = reinterpret_cast<uint64_t>(found.data());
     request.regions_count = found.size();
     request.category_anyof_mask = category_present | category_swapped;
-    if (want == Want::marked) {
-      request.category_mask = category_written;
-      request.category_inverted = category_written;
-    }
+    if (want == Want::marked || want == Want::unmarked) request.category_mask = category_written;
+    if (want == Want::marked) request.category_inverted = category_written;
+    if (want == Want::huge) request.category_mask = category_huge;
     // Asking for one category that all matches share makes the kernel merge
     // neighbours into runs.
-    request.return_mask = category_written;
+    request.return_mask = want == Want::huge ? category_huge : category_written;
     const int count = ::ioctl(fd_.get(), pagemap_scan, &request);
     if (count < 0 && errno == EINTR) continue;
     if (count < 0) return fail_errno(errno, "PAGEMAP_SCAN failed at {:#x}", start);
@@ -110,14 +119,18 @@ Result<std::vector<RemoteRange>> PageMap::scan_by_ioctl(RemoteRange range, Want 
 Result<std::vector<RemoteRange>> PageMap::scan_by_read(RemoteRange range, Want want) const {
   std::vector<RemoteRange> runs;
   std::array<uint64_t, 8192> entries;
-  const uint64_t wanted = want == Want::marked ? entry_marked : entry_present | entry_swapped;
+  const auto wanted = [want](uint64_t entry) {
+    const bool marked = entry & entry_marked;
+    const bool there = entry & (entry_present | entry_swapped);
+    return want == Want::marked ? marked : there && !(want == Want::unmarked && marked);
+  };
   for (uint64_t offset = 0; offset < range.length;) {
     const RemotePtr at = range.start + offset;
     const size_t count = std::min<uint64_t>(entries.size(), (range.length - offset) / 4096);
     VMSNAP_CHECK(read_exact_at(fd_.get(), std::as_writable_bytes(std::span(entries.data(), count)),
                                at.address() / 4096 * sizeof(uint64_t), "pagemap"));
     for (size_t i = 0; i < count; ++i) {
-      if (entries[i] & wanted) append(runs, at + i * 4096, 4096);
+      if (wanted(entries[i])) append(runs, at + i * 4096, 4096);
     }
     offset += count * 4096;
   }

@@ -28,9 +28,14 @@ class PageMap {
   // Runs of pages that carry the mark. Swapped-out pages keep it, and so do
   // markers of absent shared pages.
   Result<std::vector<RemoteRange>> marked(RemoteRange range) const;
+  // Runs of pages that are present or swapped out and carry no mark.
+  Result<std::vector<RemoteRange>> unmarked(RemoteRange range) const;
+  // Runs of pages that are mapped as huge pages (2 MiB). Empty without
+  // PAGEMAP_SCAN: /proc/PID/pagemap does not tell.
+  Result<std::vector<RemoteRange>> huge(RemoteRange range) const;
 
  private:
-  enum class Want { populated, marked };
+  enum class Want { populated, marked, unmarked, huge };
   Result<std::vector<RemoteRange>> scan(RemoteRange range, Want want) const;
   Result<std::vector<RemoteRange>> scan_by_ioctl(RemoteRange range, Want want) const;
   Result<std::vector<RemoteRange>> scan_by_read(RemoteRange range, Want want) const;

@@ -91,7 +91,7 @@ class CaptureTest : public ::testing::TestWithParam<Kind> {
     ASSERT_TRUE(handed) << handed.error().message();
     options.staging_bytes = 16 << 20;
     capture_ = *Capture::create(*process_, memory_, std::move(handed->uffd), *writer_, options);
-    const Status begun = capture_->begin();
+    const Status begun = capture_->begin([] { return Status(); });
     ASSERT_TRUE(begun) << begun.error().message();
   }
 
@@ -250,7 +250,7 @@ TEST_P(DiscardTest, FailsTheCapture) {
   auto handed = bring_out_uffd(process, nullptr, capture_features(memory), KeepInVmm::no);
   ASSERT_TRUE(handed);
   const auto capture = *Capture::create(process, memory, std::move(handed->uffd), *writer, {});
-  ASSERT_TRUE(capture->begin());
+  ASSERT_TRUE(capture->begin([] { return Status(); }));
   {
     const ThreadStop stopped = *ThreadStop::stop(process);
     ASSERT_TRUE(capture->arm());

@@ -75,6 +75,26 @@ TEST_P(PageMapTest, FindsPagesAndMarksInBothWays) {
   const Pages after = GetParam() ? Pages{{0, 15}, {16, page_total - 16}} : Pages{{10, 5}, {16, 4}, {2000, 1}};
   EXPECT_EQ(in_pages(*scan.marked(range_)), after);
   EXPECT_EQ(in_pages(*read.marked(range_)), after);
+  const Pages unmarked = {{15, 1}};
+  EXPECT_EQ(in_pages(*scan.unmarked(range_)), unmarked);
+  EXPECT_EQ(in_pages(*read.unmarked(range_)), unmarked);
+}
+
+TEST(PageMapHuge, TellsWhichPagesAreHuge) {
+  constexpr uint64_t huge = 2 << 20;
+  void* memory = ::mmap(nullptr, 4 * huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  const RemotePtr start((reinterpret_cast<uint64_t>(memory) + huge - 1) & ~(huge - 1));
+  auto* bytes = reinterpret_cast<char*>(start.address());
+  ::madvise(bytes, huge, MADV_HUGEPAGE);
+  ::madvise(bytes + huge, huge, MADV_NOHUGEPAGE);
+  bytes[5] = bytes[huge + 5] = 1;
+  const PageMap scan = *PageMap::open(*Process::open(::getpid()));
+  const auto runs = *scan.huge({start, 3 * huge});
+  ASSERT_EQ(runs.size(), 1u);
+  EXPECT_EQ(runs[0].start, start);
+  EXPECT_EQ(runs[0].length, huge);
+  ::munmap(memory, 4 * huge);
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, PageMapTest, ::testing::Values(false, true),
