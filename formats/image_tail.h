@@ -19,6 +19,7 @@ struct PageCounts {
   uint64_t zero = 0;
   uint64_t duplicate = 0;  // share the frame of another page, here or in the store
   uint64_t stored = 0;
+  uint64_t bytes = 0;  // that the stored ones take in the file
 };
 
 // Sections other than the metadata; an empty one is left out.

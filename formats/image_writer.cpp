@@ -112,6 +112,7 @@ Result<PageCounts> ImageWriter::write_pages(Encoder& encoder, std::span<const ui
     total.zero += counts.zero;
     total.duplicate += counts.duplicate;
     total.stored += counts.stored;
+    total.bytes += counts.bytes;
     numbers = numbers.subspan(count);
     data = data.subspan(count * page_size);
   }

@@ -130,7 +130,7 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const uint
         case HintTable::Answer::unlisted: scratch.to_store.push_back(k); break;
       }
     }
-    VMSNAP_CHECK(write_frames(scratch, pages, entries));
+    counts.bytes += VMSNAP_TRY(write_frames(scratch, pages, entries));
     counts.stored += scratch.to_store.size();
     claims.publish(entries);
     // Only now, with nobody left who could be waiting for us.
@@ -145,7 +145,7 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const uint
     entries[k] = entries[leader];
     if (!may_share(numbers[k], entries[k])) scratch.to_store.push_back(k);
   }
-  VMSNAP_CHECK(write_frames(scratch, pages, entries));
+  counts.bytes += VMSNAP_TRY(write_frames(scratch, pages, entries));
   counts.stored += scratch.to_store.size();
   counts.duplicate = count - counts.zero - counts.stored;
   return counts;
@@ -189,9 +189,10 @@ Result<HintTable::Answer> PageStore::look_up(uint64_t hash, HintTable::Owner own
   }
 }
 
-Status PageStore::write_frames(Scratch& scratch, std::span<const std::byte> pages,
-                               std::span<uint64_t> entries) {
-  if (scratch.to_store.empty()) return {};
+// Returns how many bytes they take.
+Result<uint64_t> PageStore::write_frames(Scratch& scratch, std::span<const std::byte> pages,
+                                         std::span<uint64_t> entries) {
+  if (scratch.to_store.empty()) return 0;
   scratch.frames.resize(max_batch * frame_room);
   scratch.notes.clear();
   scratch.encoder.set_level(options_.compression_level);
@@ -211,7 +212,8 @@ Status PageStore::write_frames(Scratch& scratch, std::span<const std::byte> page
     scratch.notes.push_back({scratch.hashes[k], entry.offset});
     entries[k] = entry.pack_bits();
   }
-  return sink_.write(place, frames.first(used), scratch.notes);
+  VMSNAP_CHECK(sink_.write(place, frames.first(used), scratch.notes));
+  return used;
 }
 
 }  // namespace vmsnap

@@ -64,8 +64,8 @@ class PageStore {
   void find_leaders(Scratch& scratch, std::span<const std::byte> pages) const;
   Result<HintTable::Answer> look_up(uint64_t hash, HintTable::Owner owner, uint64_t number,
                                     std::span<const std::byte, page_size> page, uint64_t& entry);
-  Status write_frames(Scratch& scratch, std::span<const std::byte> pages,
-                      std::span<uint64_t> entries);
+  Result<uint64_t> write_frames(Scratch& scratch, std::span<const std::byte> pages,
+                                std::span<uint64_t> entries);
   bool may_share(uint64_t number, uint64_t entry) const;
 
   FrameSink& sink_;

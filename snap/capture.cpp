@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "formats/test_point.h"
-#include "snap/sweeper.h"
 #include "snap/thread_priority.h"
 
 namespace vmsnap {
@@ -11,6 +10,7 @@ namespace vmsnap {
 namespace {
 
 constexpr std::chrono::milliseconds progress_interval{200};
+constexpr std::chrono::milliseconds pace_step{20};  // how soon a paced worker sees what was staged
 
 }  // namespace
 
@@ -37,9 +37,9 @@ Result<std::unique_ptr<Capture>> Capture::create(const Process& process, const G
                                                  CaptureOptions options) {
   auto pagemap = VMSNAP_TRY(PageMap::open(process));
   auto staging = VMSNAP_TRY(Staging::create(options.staging_bytes));
-  std::unique_ptr<Capture> capture(new Capture(writer, std::move(options)));
-  capture->state_ = std::make_unique<CaptureState>(process, std::move(pagemap), std::move(uffd), memory,
-                                                   std::move(staging));
+  auto state = std::make_unique<CaptureState>(process, std::move(pagemap), std::move(uffd), memory,
+                                              std::move(staging));
+  std::unique_ptr<Capture> capture(new Capture(writer, std::move(options), std::move(state)));
   capture->faults_ = std::make_unique<FaultHandler>(*capture->state_, capture->options_.stall_limit,
                                                     capture->options_.heartbeat);
   VMSNAP_CHECK(capture->faults_->prepare());
@@ -60,7 +60,6 @@ Capture::~Capture() {
 
 void Capture::stop_threads() {
   if (faults_) faults_->request_stop();
-  if (sweep_thread_.joinable()) sweep_thread_.join();
   if (fault_thread_.joinable()) fault_thread_.join();
   state_->staging->close();
   for (std::thread& worker : workers_) {
@@ -69,9 +68,6 @@ void Capture::stop_threads() {
 }
 
 Status Capture::begin(const std::function<Status()>& on_progress) {
-  for (unsigned i = 0; i < std::max(1u, options_.workers); ++i) {
-    workers_.emplace_back([this] { compress(); });
-  }
   fault_thread_ = std::thread([this] { faults_->run(); });
   for (const auto& piece : state_->pieces) VMSNAP_CHECK(watch(piece->piece));
   VMSNAP_TEST_POINT("snapshot.registered");
@@ -109,13 +105,14 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
     }
   }
   state_->counters.armed_pages = armed;
-  sweep_thread_ = std::thread([this] {
-    sweep(*state_);
-    swept_ = true;
-  });
+  for (unsigned i = 0; i < std::max(1u, options_.workers); ++i) {
+    workers_.emplace_back([this] {
+      if (const Status worked = work(); !worked) state_->fail(worked.error());
+    });
+  }
 
   bool half_seen = false;
-  while (!swept_ && !state_->failed()) {
+  while (!sweep_.finished() && !state_->failed()) {
     std::this_thread::sleep_for(half_seen ? progress_interval / 10 : progress_interval / 40);
     if (!half_seen && state_->counters.copied_pages * 2 >= armed) {
       half_seen = true;
@@ -123,7 +120,6 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
     }
     if (const Status wanted = on_progress(); !wanted) state_->fail(wanted.error());
   }
-  sweep_thread_.join();
   faults_->request_stop();
   fault_thread_.join();
   VMSNAP_CHECK(state_->status());
@@ -153,17 +149,47 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
   return state_->status();
 }
 
-void Capture::compress() {
-  defer_this_thread();
+// One worker: what writers waited for comes first, because it holds memory that
+// the next of them needs; then the sweep, until there is no more.
+Status Capture::work() {
   ImageWriter::Encoder encoder;
-  while (Chunk* chunk = state_->staging->take_full()) {
-    const auto counts = writer_.write_pages(encoder, chunk->numbers(), chunk->data());
+  Chunk swept = VMSNAP_TRY(Chunk::create());
+  const auto write_swept = [&]() -> Status {
+    const Status written = write(encoder, swept);
+    swept.clear();
+    return written;
+  };
+  const auto write_staged = [&](Chunk* chunk) -> Status {
+    const Status written = write(encoder, *chunk);
     state_->staging->give_back(chunk);
-    if (!counts) return state_->fail(counts.error());
-    state_->counters.zero_pages += counts->zero;
-    state_->counters.duplicate_pages += counts->duplicate;
-    state_->counters.stored_pages += counts->stored;
+    return written;
+  };
+  for (;;) {
+    if (Chunk* chunk = state_->staging->try_take_full()) {
+      VMSNAP_CHECK(write_staged(chunk));
+    } else if (const auto wait = pace_.wait(); wait > Pace::Clock::duration{}) {
+      VMSNAP_CHECK(state_->status());
+      std::this_thread::sleep_for(std::min<Pace::Clock::duration>(wait, pace_step));
+    } else if (VMSNAP_TRY(sweep_.next(swept, write_swept))) {
+      VMSNAP_CHECK(write_swept());
+    } else {
+      break;
+    }
   }
+  while (Chunk* chunk = state_->staging->take_full()) VMSNAP_CHECK(write_staged(chunk));
+  return {};
+}
+
+// Compressing must not take a processor from the guest, or from whoever holds
+// pages that it waits for.
+Status Capture::write(ImageWriter::Encoder& encoder, const Chunk& chunk) {
+  const LowerPriority deferred;
+  const PageCounts counts = VMSNAP_TRY(writer_.write_pages(encoder, chunk.numbers(), chunk.data()));
+  pace_.used(counts.bytes);
+  state_->counters.zero_pages += counts.zero;
+  state_->counters.duplicate_pages += counts.duplicate;
+  state_->counters.stored_pages += counts.stored;
+  return {};
 }
 
 }  // namespace vmsnap

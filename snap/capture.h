@@ -11,8 +11,9 @@
 // Whatever fails, and when the object is destroyed, the userfaultfd is closed
 // at once, which frees the target. Every call from the same thread.
 //
-// Threads: one sweeps, one answers write faults, `workers` compress. Memory:
-// the staging, 1 byte a page of the target, and what ImageWriter states.
+// Threads: one answers write faults, `workers` sweep and compress. Memory: the
+// staging, 2 MiB a worker, 1 byte a page of the target, and what ImageWriter
+// states.
 #pragma once
 
 #include <chrono>
@@ -26,6 +27,8 @@
 #include "snap/arming.h"
 #include "snap/capture_state.h"
 #include "snap/fault_handler.h"
+#include "snap/pace.h"
+#include "snap/sweep.h"
 #include "snap/vmm/guest_memory.h"
 #include "snap/vmm/process.h"
 #include "snap/vmm/uffd.h"
@@ -35,6 +38,7 @@ namespace vmsnap {
 struct CaptureOptions {
   unsigned workers = 2;
   uint64_t staging_bytes = 64 << 20;
+  uint64_t bytes_per_second = 0;  // of the image; 0: no limit. Writers that wait are not held up.
   bool keep_huge_pages = true;  // capture each as a whole: see arming.h
   std::chrono::milliseconds stall_limit{10000};
   std::function<void()> heartbeat = [] {};  // often, while the target may wait for us
@@ -66,9 +70,12 @@ class Capture {
   const std::vector<uint64_t>& first_written() const { return state_->first_written; }
 
  private:
-  Capture(ImageWriter& writer, CaptureOptions options) : writer_(writer), options_(std::move(options)) {}
+  Capture(ImageWriter& writer, CaptureOptions options, std::unique_ptr<CaptureState> state)
+      : writer_(writer), options_(std::move(options)), state_(std::move(state)), sweep_(*state_),
+        pace_(options_.bytes_per_second) {}
   Status watch(const MemoryPiece& piece);
-  void compress();
+  Status work();
+  Status write(ImageWriter::Encoder& encoder, const Chunk& chunk);
   void stop_threads();
 
   ImageWriter& writer_;
@@ -76,9 +83,10 @@ class Capture {
   std::unique_ptr<CaptureState> state_;
   std::unique_ptr<FaultHandler> faults_;
   std::unique_ptr<Arming> arming_;
-  std::thread fault_thread_, sweep_thread_;
+  Sweep sweep_;
+  Pace pace_;
+  std::thread fault_thread_;
   std::vector<std::thread> workers_;
-  std::atomic<bool> swept_ = false;
 };
 
 }  // namespace vmsnap

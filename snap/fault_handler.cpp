@@ -190,7 +190,7 @@ Result<Chunk*> FaultHandler::chunk_with_room(size_t pages) {
   const auto deadline = Clock::now() + stall_limit_;
   while (!state_.failed()) {
     heartbeat_();
-    chunk_ = state_.staging->take_empty(Staging::For::fault, std::chrono::milliseconds(idle_ms));
+    chunk_ = state_.staging->take_empty(std::chrono::milliseconds(idle_ms));
     if (chunk_) return chunk_;
     if (Clock::now() < deadline) continue;
     return tl::unexpected(

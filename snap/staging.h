@@ -1,10 +1,10 @@
-// The memory between copying and compressing: a fixed number of chunks.
+// The memory between copying and compressing: chunks of pages.
 //
-// Whoever copies takes an empty chunk, fills it with pages and hands it on;
-// whoever compresses takes a full one and gives it back empty. When none is
-// empty, copying waits, and with it the guest's writes: memory of ours never
-// grows. The last few empty chunks are kept for write faults, so that the
-// sweep cannot starve them.
+// Whoever sweeps compresses what it has copied itself, from a chunk of its own.
+// What is copied for a writer that waits goes through the staging, a fixed
+// number of chunks: the fault handler takes an empty one, fills it with pages
+// and hands it on; whoever compresses takes a full one and gives it back empty.
+// When none is empty, faults wait: memory of ours never grows.
 #pragma once
 
 #include <chrono>
@@ -27,10 +27,13 @@ class Chunk {
  public:
   static constexpr size_t capacity = 512;  // pages: 2 MiB, one huge page
 
+  // Not yet backed by memory: that comes as it is filled.
+  static Result<Chunk> create();
+
   size_t size() const { return numbers_.size(); }
   size_t free() const { return capacity - numbers_.size(); }
   std::span<const uint64_t> numbers() const { return numbers_; }
-  std::span<const std::byte> data() const { return {data_, numbers_.size() * page_size}; }
+  std::span<const std::byte> data() const { return {data_.get(), numbers_.size() * page_size}; }
 
   // Room for `pages` more pages, numbered from `first_number`; they count as
   // soon as they are added, so the bytes must be filled in before the chunk is
@@ -39,26 +42,30 @@ class Chunk {
   void clear() { numbers_.clear(); }
 
  private:
-  friend class Staging;
-  std::byte* data_ = nullptr;  // owned by Staging
+  struct Free {
+    void operator()(std::byte* memory) const;
+  };
+
+  Chunk() = default;
+
+  std::unique_ptr<std::byte, Free> data_;
   std::vector<uint64_t> numbers_;
 };
 
 class Staging {
  public:
-  enum class For { sweep, fault };
-
-  // `bytes` of staging, at least 16 MiB; allocated here, once.
+  // `bytes` of staging, at least 8 MiB.
   static Result<std::unique_ptr<Staging>> create(uint64_t bytes);
-  ~Staging();
 
-  // An empty chunk; waits for one up to `limit`. Null after close() or when
-  // the time is over.
-  Chunk* take_empty(For purpose, std::chrono::milliseconds limit);
+  // An empty chunk; waits for one up to `limit`. Null after abort() or when the
+  // time is over.
+  Chunk* take_empty(std::chrono::milliseconds limit);
   void give_back(Chunk* chunk);
 
   void hand_on(Chunk* full);
-  // A full chunk; waits. Null when closed and nothing is left.
+  // A full chunk, null if there is none at the moment.
+  Chunk* try_take_full();
+  // The same, but waits; null when closed and nothing is left.
   Chunk* take_full();
 
   // No chunk will be handed on any more: take_full() ends once drained.
@@ -68,10 +75,7 @@ class Staging {
 
  private:
   Staging() = default;
-  static constexpr size_t kept_for_faults = 2;
 
-  std::byte* memory_ = nullptr;
-  size_t memory_bytes_ = 0;
   std::vector<Chunk> chunks_;
 
   std::mutex mutex_;

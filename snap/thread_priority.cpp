@@ -7,14 +7,20 @@ namespace vmsnap {
 
 namespace {
 
+constexpr int lower_by = 5;
+
 void set_nice(int value) {
-  // Of one thread, on Linux: setpriority(2), NOTES.
-  ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), value);
+  if (::geteuid() == 0) ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), value);
 }
 
 }  // namespace
 
 void prefer_this_thread() { set_nice(-20); }
-void defer_this_thread() { set_nice(5); }
+
+LowerPriority::LowerPriority() : before_(::getpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()))) {
+  set_nice(before_ + lower_by);
+}
+
+LowerPriority::~LowerPriority() { set_nice(before_); }
 
 }  // namespace vmsnap

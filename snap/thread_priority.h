@@ -1,12 +1,25 @@
 // Who gets a processor first: the guest and those it waits for, then the rest.
+//
+// By nice values, which Linux keeps for each thread (setpriority(2), NOTES).
+// Raising one takes CAP_SYS_NICE, so nothing is changed unless we are root.
 #pragma once
 
 namespace vmsnap {
 
 // The calling thread answers those who wait: it gets a processor as soon as it
-// wants one, if we may ask for that (CAP_SYS_NICE); nothing else changes.
+// wants one.
 void prefer_this_thread();
-// The calling thread has time: it must not take a processor from the guest.
-void defer_this_thread();
+
+// While this lives, the calling thread has time.
+class LowerPriority {
+ public:
+  LowerPriority();
+  ~LowerPriority();
+  LowerPriority(const LowerPriority&) = delete;
+  LowerPriority& operator=(const LowerPriority&) = delete;
+
+ private:
+  int before_ = 0;
+};
 
 }  // namespace vmsnap

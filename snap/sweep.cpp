@@ -1,0 +1,92 @@
+#include "snap/sweep.h"
+
+#include <algorithm>
+
+#include "snap/window_copy.h"
+
+namespace vmsnap {
+
+namespace {
+
+constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
+// Whoever writes to a page that the sweep is copying waits for all that it
+// copies in one go: little, except of a huge page, which is freed as a whole.
+constexpr uint64_t pages_at_once = 64;
+
+bool is_large(const CapturedPiece& piece) { return piece.piece.unit_bytes > page_size; }
+
+}  // namespace
+
+bool Sweep::finished() const {
+  std::lock_guard lock(mutex_);
+  return exhausted_ && copying_ == 0;
+}
+
+bool Sweep::take_early(Work& work) {
+  for (; early_ < state_.written_early.size(); ++early_, unit_ = 0) {
+    const UnitRun& run = state_.written_early[early_];
+    if (is_large(*run.piece) || unit_ >= run.count) continue;
+    const uint64_t first = run.first + unit_;
+    work = {run.piece, first, std::min(run.end(), run.piece->window(first).end)};
+    unit_ += work.end - work.first;
+    return true;
+  }
+  return false;
+}
+
+// A window of 2 MiB of small pages, or one large one.
+bool Sweep::take(Work& work) {
+  if (take_early(work)) return true;
+  for (; piece_ < state_.pieces.size(); ++piece_, unit_ = 0) {
+    CapturedPiece& piece = *state_.pieces[piece_];
+    while (unit_ < piece.states.count() && piece.states.get(unit_) != UnitState::armed) ++unit_;
+    if (unit_ == piece.states.count()) continue;
+    work = {&piece, unit_, is_large(piece) ? unit_ + 1 : piece.window(unit_).end};
+    unit_ = work.end;
+    return true;
+  }
+  exhausted_ = true;
+  return false;
+}
+
+Result<bool> Sweep::next(Chunk& chunk, const std::function<Status()>& full) {
+  Work work;
+  {
+    std::lock_guard lock(mutex_);
+    if (exhausted_ || state_.failed() || !take(work)) return false;
+    ++copying_;
+  }
+  const Status copied = is_large(*work.piece) ? copy_large_unit(work, chunk, full) : copy_pages(work, chunk);
+  {
+    std::lock_guard lock(mutex_);
+    --copying_;
+  }
+  VMSNAP_CHECK(copied);
+  return true;
+}
+
+Status Sweep::copy_pages(const Work& work, Chunk& chunk) {
+  const uint64_t step = work.piece->is_huge(work.first) ? Chunk::capacity : pages_at_once;
+  for (uint64_t first = work.first; first < work.end && !state_.failed(); first += step) {
+    VMSNAP_CHECK(copy_window(state_, *work.piece, first, std::min(work.end, first + step), chunk));
+  }
+  return {};
+}
+
+Status Sweep::copy_large_unit(const Work& work, Chunk& chunk, const std::function<Status()>& full) {
+  CapturedPiece& piece = *work.piece;
+  if (!piece.states.claim(work.first)) return {};
+  for (uint64_t offset = 0; offset < piece.piece.unit_bytes; offset += chunk_bytes) {
+    if (offset > 0) VMSNAP_CHECK(full());
+    const uint64_t pages = std::min(chunk_bytes, piece.piece.unit_bytes - offset) / page_size;
+    const std::span<std::byte> to = chunk.add(piece.page_of(work.first) + offset / page_size, pages);
+    VMSNAP_CHECK(state_.copy(piece, work.first, offset, to));
+  }
+  VMSNAP_CHECK(state_.check(piece, work.first, 1, {}));
+  VMSNAP_CHECK(state_.release(piece, work.first, 1));
+  piece.states.set(work.first, UnitState::done);
+  state_.counters.copied_pages += piece.unit_pages();
+  return {};
+}
+
+}  // namespace vmsnap

@@ -1,0 +1,50 @@
+// The background sweep: copies what no write fault has brought in yet. First
+// what was written shortly before the instant, because it will be written
+// again; then all, in address order.
+//
+// Several threads share one sweep; each calls next() with a chunk of its own.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <mutex>
+
+#include "formats/error.h"
+#include "snap/capture_state.h"
+
+namespace vmsnap {
+
+class Sweep {
+ public:
+  // Made after the instant. The state must outlive it.
+  explicit Sweep(CaptureState& state) : state_(state) {}
+
+  // Takes the next piece of work and copies what is armed of it into `chunk`,
+  // which is empty, and may stay so. False when there is no more work; others
+  // may then still be at theirs. A hugetlb page that is larger than a chunk is
+  // copied as a whole before its writers go on: `full` is called to empty the
+  // chunk in between.
+  Result<bool> next(Chunk& chunk, const std::function<Status()>& full);
+
+  // Nothing is left to take and nobody is copying.
+  bool finished() const;
+
+ private:
+  struct Work {
+    CapturedPiece* piece = nullptr;
+    uint64_t first = 0, end = 0;  // units
+  };
+  bool take(Work& work);
+  bool take_early(Work& work);
+  Status copy_pages(const Work& work, Chunk& chunk);
+  Status copy_large_unit(const Work& work, Chunk& chunk, const std::function<Status()>& full);
+
+  CaptureState& state_;
+  mutable std::mutex mutex_;
+  size_t early_ = 0, piece_ = 0;  // index of the next run, of the piece
+  uint64_t unit_ = 0;             // in that run or piece
+  unsigned copying_ = 0;
+  bool exhausted_ = false;
+};
+
+}  // namespace vmsnap
