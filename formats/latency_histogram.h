@@ -18,12 +18,16 @@ class LatencyHistogram {
     const uint64_t ns = duration.count() > 0 ? static_cast<uint64_t>(duration.count()) : 0;
     buckets_[bucket_of(ns)].fetch_add(1, std::memory_order_relaxed);
     count_.fetch_add(1, std::memory_order_relaxed);
+    total_ns_.fetch_add(ns, std::memory_order_relaxed);
     uint64_t seen = max_ns_.load(std::memory_order_relaxed);
     while (ns > seen && !max_ns_.compare_exchange_weak(seen, ns, std::memory_order_relaxed)) {
     }
   }
 
   uint64_t count() const { return count_.load(std::memory_order_relaxed); }
+  double total_ms() const {
+    return static_cast<double>(total_ns_.load(std::memory_order_relaxed)) / 1e6;
+  }
   double max_us() const {
     return static_cast<double>(max_ns_.load(std::memory_order_relaxed)) / 1000;
   }
@@ -60,6 +64,7 @@ class LatencyHistogram {
   std::array<std::atomic<uint64_t>, 62 * steps> buckets_ = {};
   std::atomic<uint64_t> count_ = 0;
   std::atomic<uint64_t> max_ns_ = 0;
+  std::atomic<uint64_t> total_ns_ = 0;
 };
 
 }  // namespace vmsnap

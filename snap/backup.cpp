@@ -73,8 +73,10 @@ Status BackupRun::snapshot(const BackupVm& vm) {
   options.pause_command = vm.pause_command;
   options.pause_command_limit = vm.pause_command_limit;
   options.stall_limit = vm.stall_limit;
-  options.workers = config_.workers ? static_cast<unsigned>(*config_.workers)
-                                    : std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
+  options.cpus = config_.cpus ? static_cast<unsigned>(*config_.cpus)
+                              : std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
+  options.memory = config_.memory;
+  options.bytes_per_second = config_.bandwidth.value_or(0);
   if (config_.level) options.compression_level = *config_.level;
   const auto summary = snapshot_vm(vm.qmp, options, [](SnapshotPhase, const CaptureCounters*) {});
   if (summary) {

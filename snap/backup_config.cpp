@@ -6,6 +6,7 @@
 #include <set>
 
 #include "formats/file.h"
+#include "formats/size.h"
 
 // Errors as values need the header-only form: Debian's library is built with
 // exceptions. The parser descends once for each level of nesting, and once for
@@ -118,6 +119,14 @@ class TableReader {
     const std::string text = VMSNAP_TRY(this->text(key, longest_name));
     if (text.empty()) return std::nullopt;
     const auto parsed = parse_clock_duration(text);
+    if (!parsed) return fail_key(key, parsed.error());
+    return *parsed;
+  }
+
+  Result<std::optional<uint64_t>> size(std::string_view key) {
+    const std::string text = VMSNAP_TRY(this->text(key, longest_name));
+    if (text.empty()) return std::nullopt;
+    const auto parsed = parse_size(text);
     if (!parsed) return fail_key(key, parsed.error());
     return *parsed;
   }
@@ -296,7 +305,9 @@ Result<BackupConfig> read_top(const toml::table& table, const std::string& file)
     config.sample = *share;
   }
   config.level = VMSNAP_TRY(reader.integer("level", -7, 19));
-  config.workers = VMSNAP_TRY(reader.integer("workers", 1, 256));
+  config.cpus = VMSNAP_TRY(reader.integer("cpus", 1, 256));
+  config.memory = VMSNAP_TRY(reader.size("memory"));
+  config.bandwidth = VMSNAP_TRY(reader.size("bandwidth"));
   const auto max_age = VMSNAP_TRY(reader.duration("max-age"));
   const toml::node* keep = reader.take("keep");
   const toml::node* vms = reader.take("vm");

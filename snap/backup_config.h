@@ -40,7 +40,9 @@ struct BackupConfig {
   std::chrono::seconds lock_wait{600};
   double sample = 0.05;           // share of the store verified each run, 0 to 1
   std::optional<int> level;       // zstd, -7 to 19
-  std::optional<int> workers;     // 1 to 256
+  std::optional<int> cpus;        // 1 to 256
+  std::optional<uint64_t> memory;     // bytes
+  std::optional<uint64_t> bandwidth;  // bytes a second
   std::optional<KeepRule> keep;   // none: nothing is pruned
   std::vector<BackupVm> vms;      // at least one, with different sockets and names
 };

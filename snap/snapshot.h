@@ -10,6 +10,7 @@
 
 #include <chrono>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,9 +31,11 @@ struct SnapshotOptions {
   std::chrono::milliseconds pause_command_limit{10000};
   // How long the guest may wait for us, or for our disk, before we give up.
   std::chrono::milliseconds stall_limit{10000};
-  unsigned workers = 2;
-  uint64_t staging_bytes = 64 << 20;
+  unsigned cpus = 2;              // threads that copy and compress
   int compression_level = 1;
+  bool keep_huge_pages = true;    // each is copied while its writer waits, and stays one
+  std::optional<uint64_t> memory; // bytes of ours, see memory_budget.h
+  uint64_t bytes_per_second = 0;  // of the image; 0: no limit
 };
 
 struct SnapshotSummary {
@@ -41,7 +44,9 @@ struct SnapshotSummary {
   double pause_ms = 0, total_ms = 0, attach_ms = 0;
   uint64_t total_pages = 0, zero_pages = 0, duplicate_pages = 0, stored_pages = 0;
   uint64_t image_bytes = 0;  // of a store: that it grew by
+  uint64_t early_writes = 0;  // let through before the pause
   uint64_t write_faults = 0;
+  double waited_ms = 0;  // all of them together
   double fault_p50_us = 0, fault_p99_us = 0, fault_max_us = 0;
 };
 

@@ -6,6 +6,7 @@
 #include <ostream>
 #include <thread>
 
+#include "formats/size.h"
 #include "formats/store/image_argument.h"
 #include "snap/progress.h"
 #include "snap/snapshot.h"
@@ -21,6 +22,7 @@ struct Arguments {
   std::string disks = "refuse";
   double pause_command_limit_s = 10;
   double stall_limit_s = 10;
+  std::string memory, bandwidth, huge_pages = "keep";
   bool json = false;
   StoreArgument store;
   SnapshotOptions options;
@@ -74,7 +76,9 @@ nlohmann::json to_json(const SnapshotSummary& summary) {
         {"duplicate", summary.duplicate_pages},
         {"stored", summary.stored_pages}}},
       {"bytes", {{"guest", summary.total_pages * page_size}, {"image", summary.image_bytes}}},
+      {"early_writes", summary.early_writes},
       {"write_faults", summary.write_faults},
+      {"waited_ms", summary.waited_ms},
       {"fault_us",
        {{"p50", summary.fault_p50_us}, {"p99", summary.fault_p99_us}, {"max", summary.fault_max_us}}},
   };
@@ -86,12 +90,12 @@ void print_summary(std::ostream& out, const SnapshotSummary& summary) {
       "snapshot {} saved as {}\n"
       "  paused {:.1f} ms, {:.2f} s in all\n"
       "  {:.0f} MiB of memory in {:.1f} MiB: {} pages zero, {} duplicate, {} stored\n"
-      "  {} writes waited for their page: p50 {:.0f} us, p99 {:.0f} us, max {:.0f} us\n",
+      "  {} writes waited for their page: p50 {:.0f} us, p99 {:.0f} us, max {:.0f} us, {:.1f} ms in all\n",
       summary.id, summary.file, summary.pause_ms, summary.total_ms / 1000,
       static_cast<double>(summary.total_pages * page_size) / mib,
       static_cast<double>(summary.image_bytes) / mib, summary.zero_pages, summary.duplicate_pages,
       summary.stored_pages, summary.write_faults, summary.fault_p50_us, summary.fault_p99_us,
-      summary.fault_max_us);
+      summary.fault_max_us, summary.waited_ms);
 }
 
 Status run(const Arguments& arguments, CommandContext& context) {
@@ -103,6 +107,9 @@ Status run(const Arguments& arguments, CommandContext& context) {
   options.without_disks = arguments.disks == "none";
   options.pause_command_limit = milliseconds(arguments.pause_command_limit_s);
   options.stall_limit = milliseconds(arguments.stall_limit_s);
+  options.keep_huge_pages = arguments.huge_pages == "keep";
+  if (!arguments.memory.empty()) options.memory = VMSNAP_TRY(parse_size(arguments.memory));
+  if (!arguments.bandwidth.empty()) options.bytes_per_second = VMSNAP_TRY(parse_size(arguments.bandwidth));
   std::vector<RemoteRange> ranges;
   for (const std::string& text : arguments.ranges) ranges.push_back(VMSNAP_TRY(parse_range(text)));
 
@@ -127,7 +134,7 @@ Status run(const Arguments& arguments, CommandContext& context) {
 
 void add_snapshot_command(CLI::App& app, CommandContext& context) {
   auto arguments = std::make_shared<Arguments>();
-  arguments->options.workers = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
+  arguments->options.cpus = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
   CLI::App* command = app.add_subcommand("snapshot", "Snapshot a running VM, or memory of a process");
   command->footer(examples);
 
@@ -167,9 +174,17 @@ void add_snapshot_command(CLI::App& app, CommandContext& context) {
                       "Seconds the guest may wait for us before we give up (default 10)")
       ->type_name("SECONDS")
       ->check(CLI::Range(0.1, 86400.0));
-  command->add_option("--workers", arguments->options.workers, "Threads that compress")
+  command->add_option("--cpus", arguments->options.cpus, "Processors to copy and compress with")
       ->type_name("N")
       ->check(CLI::Range(1, 256));
+  command->add_option("--memory", arguments->memory, "Bytes of memory to stay within (64M, 1G)")
+      ->type_name("SIZE");
+  command->add_option("--bandwidth", arguments->bandwidth, "Bytes a second to write at most (64M)")
+      ->type_name("SIZE");
+  command->add_option("--huge-pages", arguments->huge_pages,
+                      "'keep' them whole (default), or 'split' them: shorter waits, slower after")
+      ->type_name("keep|split")
+      ->check(CLI::IsMember({"keep", "split"}));
   command->add_option("--level", arguments->options.compression_level, "zstd level (default 1)")
       ->type_name("N")
       ->check(CLI::Range(-7, 19));

@@ -3,6 +3,7 @@
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/test_point.h"
+#include "snap/memory_budget.h"
 #include "snap/vmm/handover.h"
 #include "snap/vmm/preflight.h"
 
@@ -19,6 +20,8 @@ Status SnapshotJob::prepare(std::vector<MemoryBlock> blocks, Qmp* qmp, const std
   memory_ = VMSNAP_TRY(map_guest_memory(process_, std::move(blocks)));
   VMSNAP_CHECK(check_not_pinned(process_));
   VMSNAP_CHECK(check_not_shared(process_, memory_));
+  staging_bytes_ = VMSNAP_TRY(
+      staging_within(options_.memory, {.pages = memory_.page_count(), .workers = options_.cpus}));
 
   if (memory_.mergeable) ksm_ = VMSNAP_TRY(KsmPause::begin());
   guard_.emplace(VMSNAP_TRY(Guard::start(qmp, &ksm_, options_.stall_limit)));
@@ -35,8 +38,10 @@ Status SnapshotJob::attach(Qmp* qmp) {
   summary_.attach_ms = ms_since(attach_start);
 
   CaptureOptions options;
-  options.workers = options_.workers;
-  options.staging_bytes = options_.staging_bytes;
+  options.workers = options_.cpus;
+  options.staging_bytes = staging_bytes_;
+  options.bytes_per_second = options_.bytes_per_second;
+  options.keep_huge_pages = options_.keep_huge_pages;
   options.stall_limit = options_.stall_limit;
   options.heartbeat = [this] { guard_->heartbeat(); };
   options.released = [this] { guard_->unwatched(); };
@@ -97,7 +102,9 @@ Result<SnapshotSummary> SnapshotJob::finish(nlohmann::json source,
   summary_.duplicate_pages = counters.duplicate_pages;
   summary_.stored_pages = counters.stored_pages;
   summary_.zero_pages = summary_.total_pages - summary_.duplicate_pages - summary_.stored_pages;
+  summary_.early_writes = counters.early_writes;
   summary_.write_faults = counters.write_faults;
+  summary_.waited_ms = counters.fault_latency.total_ms();
   summary_.fault_p50_us = counters.fault_latency.percentile_us(0.50);
   summary_.fault_p99_us = counters.fault_latency.percentile_us(0.99);
   summary_.fault_max_us = counters.fault_latency.max_us();

@@ -60,6 +60,7 @@ class SnapshotJob {
   // that frees the guest.
   const Process& process_;
   GuestMemory memory_;
+  uint64_t staging_bytes_ = 0;
   std::optional<KsmPause> ksm_;
   std::optional<Guard> guard_;
   std::unique_ptr<SnapshotOutput> output_;

@@ -12,6 +12,7 @@
 
 #include "formats/image_reader.h"
 #include "snap/vmm/handover.h"
+#include "snap/vmm/pagemap.h"
 #include "snap/vmm/thread_stop.h"
 #include "tests/snap/victim.h"
 
@@ -170,6 +171,50 @@ TEST_P(CaptureTest, HolesTouchedAfterTheInstantReadZero) {
   EXPECT_EQ(read_image()[pages - 1], 0u);
 }
 
+// Memory is armed before the instant, too: what comes into being in between has
+// no mark yet, and is of the instant all the same.
+TEST_P(CaptureTest, HolesTouchedBeforeTheInstantAreInTheImage) {
+  begin();
+  talk_->touch_hole = pages - 1;
+  wait_until([&] { return talk_->touch_hole == -1; });
+  const uint64_t before = talk_->passes;
+  wait_until([&] { return talk_->passes > before + 1; });
+  ASSERT_TRUE(capture_->arm_again());
+  talk_->touch_hole = pages - 7;
+  wait_until([&] { return talk_->touch_hole == -1; });
+  wait_until([&] { return talk_->passes > before + 3; });
+  arm();
+  ASSERT_TRUE(capture_->finish([] { return Status(); }));
+  EXPECT_GT(capture_->counters().early_writes, 0u);
+  ImageInfo info;
+  info.regions = memory_.regions();
+  ASSERT_TRUE(writer_->finish(info, {}));
+  const auto reader = ImageReader::open(fmt::format("/proc/self/fd/{}", file_.get()));
+  ASSERT_TRUE(reader);
+  std::array<std::byte, page_size> page;
+  for (const uint64_t touched_page : {pages - 1, pages - 7}) {
+    ASSERT_TRUE((*reader)->read_page(touched_page, page));
+    EXPECT_EQ(page[0], std::byte{1}) << touched_page;
+  }
+}
+
+// Ten in a row: each exact, and nothing of ours stays in the target.
+TEST_P(CaptureTest, TheTenthLeavesWhatTheFirstFound) {
+  const auto mappings = [&] { return read_memory_map(*process_)->size(); };
+  const auto descriptors = [&] { return process_->descriptors()->size(); };
+  const size_t mappings_before = mappings(), descriptors_before = descriptors();
+  for (int round = 0; round < 10; ++round) {
+    ASSERT_EQ(::ftruncate(file_.get(), 0), 0);
+    begin();
+    arm();
+    ASSERT_TRUE(capture_->finish([] { return Status(); }));
+    capture_.reset();
+    expect_unharmed();
+  }
+  EXPECT_EQ(mappings(), mappings_before);
+  EXPECT_EQ(descriptors(), descriptors_before);
+}
+
 // Nothing need stand still for this: what is written while memory is armed may
 // be in the image or not, but no page may be missing from it.
 TEST_P(CaptureTest, AWriteWhileArmingLosesNoPage) {
@@ -211,6 +256,68 @@ INSTANTIATE_TEST_SUITE_P(Kinds, CaptureTest,
                                   : kind.param == Kind::memfd   ? "memfd"
                                                                 : "private_memfd";
                          });
+
+// Huge pages that are written to all the time.
+struct Huge {
+  std::atomic<uint64_t> address{0};
+  std::atomic<uint64_t> passes{0};
+};
+
+class HugePagesTest : public ::testing::TestWithParam<bool> {};
+
+TEST_P(HugePagesTest, StayHugeUnlessAskedOtherwise) {
+  constexpr uint64_t huge = 2 << 20, total = 16 * huge;
+  Huge* talk = shared_with_victim<Huge>();
+  Victim victim([&] {
+    void* memory = ::mmap(nullptr, total + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    const uint64_t start = (reinterpret_cast<uint64_t>(memory) + huge - 1) & ~(huge - 1);
+    auto* bytes_of = reinterpret_cast<volatile char*>(start);
+    ::madvise(reinterpret_cast<void*>(start), total, MADV_HUGEPAGE);
+    for (;;) {
+      for (uint64_t at = 0; at < total; at += 5 * page_size) bytes_of[at] = bytes_of[at] + 1;
+      ++talk->passes;
+      talk->address = start;
+    }
+    return 0;
+  });
+  while (talk->passes < 3) std::this_thread::sleep_for(1ms);
+  const Process process = victim.process();
+  const RemoteRange range = {RemotePtr(talk->address), total};
+  const PageMap map = *PageMap::open(process);
+  const auto huge_bytes = [&] {
+    uint64_t sum = 0;
+    const std::vector<RemoteRange> runs = *map.huge(range);
+    for (const RemoteRange& run : runs) sum += run.length;
+    return sum;
+  };
+  if (huge_bytes() == 0) GTEST_SKIP() << "this host gives no transparent huge pages";
+  const uint64_t before = huge_bytes();
+  const GuestMemory memory = *map_guest_memory(process, {{.name = "range0", .range = range, .address = 0, .first_page = 0}});
+  for (int round = 0; round < 10; ++round) {
+    const Fd file(::memfd_create("image", 0));
+    const auto writer = *ImageWriter::create(file.get(), "image", total / page_size);
+    auto handed = bring_out_uffd(process, nullptr, capture_features(memory), KeepInVmm::no);
+    ASSERT_TRUE(handed);
+    CaptureOptions options;
+    options.keep_huge_pages = GetParam();
+    const auto capture = *Capture::create(process, memory, std::move(handed->uffd), *writer, options);
+    ASSERT_TRUE(capture->begin([] { return Status(); }));
+    {
+      const ThreadStop stopped = *ThreadStop::stop(process);
+      ASSERT_TRUE(capture->arm());
+    }
+    const Status finished = capture->finish([] { return Status(); });
+    ASSERT_TRUE(finished) << finished.error().message();
+  }
+  if (GetParam()) {
+    EXPECT_GE(huge_bytes() * 100, before * 95);
+  } else {
+    EXPECT_LT(huge_bytes(), before);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Manner, HugePagesTest, ::testing::Values(true, false),
+                         [](const auto& keep) { return keep.param ? "keep" : "split"; });
 
 // The quiet victim: nothing is written by it, so what is discarded is certain
 // not to have been copied.
