@@ -65,7 +65,14 @@ Status CaptureState::status() const {
 Status CaptureState::copy(const CapturedPiece& piece, uint64_t first_unit, uint64_t offset,
                           std::span<std::byte> to) const {
   const uint64_t in_piece = first_unit * piece.piece.unit_bytes + offset;
-  if (!piece.piece.shared()) return process.read(piece.piece.range.start + in_piece, to);
+  if (!piece.piece.shared()) {
+    const Status read = process.read(piece.piece.range.start + in_piece, to);
+    // Unmapped, moved, or its protection changed.
+    if (!read && read.error().os_errno() == EFAULT) {
+      return tl::unexpected(discarded(piece.piece.range.start + in_piece));
+    }
+    return read;
+  }
   // Through the file, not through the mapping: reading a hole through the
   // mapping would fill it, and would wait for ourselves.
   return read_exact_at(piece.piece.file->get(), to, piece.piece.file_offset + in_piece,
@@ -76,9 +83,9 @@ Error CaptureState::discarded(RemotePtr at) const {
   return Error(ErrorCode::discarded,
                fmt::format("memory of {} at {:#x} was discarded before it was copied",
                            process.describe(), at.address()))
-      .with_remedy("Memory was given back (balloon, free page reporting) or merged while the "
-                   "snapshot ran, so the snapshot was given up. The VM is unharmed: try again, or "
-                   "keep the balloon still meanwhile.");
+      .with_remedy("Memory was given back (balloon, free page reporting), unmapped or merged while "
+                   "the snapshot ran, so the snapshot was given up. The VM is unharmed: try again, "
+                   "or keep the balloon still meanwhile.");
 }
 
 namespace {

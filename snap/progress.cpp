@@ -27,6 +27,7 @@ std::string copying(const CaptureCounters& counters, double seconds) {
 
 void ProgressLine::show(SnapshotPhase phase, const CaptureCounters* counters) {
   switch (phase) {
+    case SnapshotPhase::waiting_for_restore: return line_.draw("waiting for the VM's lazy restore to end");
     case SnapshotPhase::preparing: return line_.draw("preparing");
     case SnapshotPhase::committing: return line_.draw("committing");
     case SnapshotPhase::copying: break;

@@ -31,6 +31,8 @@ struct SnapshotOptions {
   std::chrono::milliseconds pause_command_limit{10000};
   // How long the guest may wait for us, or for our disk, before we give up.
   std::chrono::milliseconds stall_limit{10000};
+  // How long to wait for a lazy restore of the same VM to end.
+  std::chrono::milliseconds restore_wait{300000};
   unsigned cpus = 2;              // threads that copy and compress
   int compression_level = 1;
   bool keep_huge_pages = true;    // each is copied while its writer waits, and stays one
@@ -50,7 +52,7 @@ struct SnapshotSummary {
   double fault_p50_us = 0, fault_p99_us = 0, fault_max_us = 0;
 };
 
-enum class SnapshotPhase { preparing, copying, committing };
+enum class SnapshotPhase { waiting_for_restore, preparing, copying, committing };
 
 // Called a few times a second while copying; null counters in other phases.
 using SnapshotProgress = std::function<void(SnapshotPhase, const CaptureCounters*)>;

@@ -21,7 +21,7 @@ struct Arguments {
   std::vector<std::string> ranges;
   std::string disks = "refuse";
   double pause_command_limit_s = 10;
-  double stall_limit_s = 10;
+  double stall_limit_s = 10, restore_wait_s = 300;
   std::string memory, bandwidth, huge_pages = "keep";
   bool json = false;
   StoreArgument store;
@@ -107,6 +107,7 @@ Status run(const Arguments& arguments, CommandContext& context) {
   options.without_disks = arguments.disks == "none";
   options.pause_command_limit = milliseconds(arguments.pause_command_limit_s);
   options.stall_limit = milliseconds(arguments.stall_limit_s);
+  options.restore_wait = milliseconds(arguments.restore_wait_s);
   options.keep_huge_pages = arguments.huge_pages == "keep";
   if (!arguments.memory.empty()) options.memory = VMSNAP_TRY(parse_size(arguments.memory));
   if (!arguments.bandwidth.empty()) options.bytes_per_second = VMSNAP_TRY(parse_size(arguments.bandwidth));
@@ -174,6 +175,10 @@ void add_snapshot_command(CLI::App& app, CommandContext& context) {
                       "Seconds the guest may wait for us before we give up (default 10)")
       ->type_name("SECONDS")
       ->check(CLI::Range(0.1, 86400.0));
+  command->add_option("--restore-wait", arguments->restore_wait_s,
+                      "Seconds to wait for a lazy restore of the VM to end (default 300)")
+      ->type_name("SECONDS")
+      ->check(CLI::Range(0.0, 86400.0));
   command->add_option("--cpus", arguments->options.cpus, "Processors to copy and compress with")
       ->type_name("N")
       ->check(CLI::Range(1, 256));

@@ -1,5 +1,7 @@
 #include "snap/snapshot_job.h"
 
+#include <thread>
+
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/test_point.h"
@@ -14,6 +16,17 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 }  // namespace
+
+Status SnapshotJob::wait_for_restore(const std::vector<MemoryBlock>& blocks) const {
+  constexpr std::chrono::milliseconds step{100};
+  const Clock::time_point deadline = Clock::now() + options_.restore_wait;
+  while (Clock::now() < deadline && VMSNAP_TRY(is_watched(process_, blocks))) {
+    progress_(SnapshotPhase::waiting_for_restore, nullptr);
+    std::this_thread::sleep_for(step);
+    VMSNAP_CHECK(check_interrupted());
+  }
+  return {};
+}
 
 Status SnapshotJob::prepare(std::vector<MemoryBlock> blocks, Qmp* qmp, const std::string& name) {
   progress_(SnapshotPhase::preparing, nullptr);

@@ -4,6 +4,7 @@
 #include "snap/pause_command.h"
 #include "snap/snapshot.h"
 #include "snap/snapshot_job.h"
+#include "snap/vmm/preflight.h"
 #include "snap/vmm/thread_stop.h"
 
 namespace vmsnap {
@@ -36,6 +37,7 @@ Result<SnapshotSummary> run(SnapshotJob& job, std::vector<MemoryBlock> blocks,
       {"executable", VMSNAP_TRY(process.executable())},
       {"arguments", VMSNAP_TRY(process.arguments())},
   };
+  VMSNAP_CHECK(check_no_asynchronous_io(process));
   VMSNAP_CHECK(job.prepare(std::move(blocks), nullptr, process.describe()));
   VMSNAP_CHECK(job.pause_begins(/*resume_if_we_die=*/false));
   {

@@ -60,7 +60,7 @@ class VmPause {
   bool begun_ = false;
 };
 
-Result<VmRecord> record_vm(Qmp& qmp, const Process& process, bool running) {
+Result<VmRecord> record_vm(Qmp& qmp, const Process& process) {
   VmRecord record;
   record.executable = VMSNAP_TRY(process.executable());
   // The package was upgraded under the running VM.
@@ -70,7 +70,6 @@ Result<VmRecord> record_vm(Qmp& qmp, const Process& process, bool running) {
   }
   record.arguments = VMSNAP_TRY(process.arguments());
   record.working_directory = VMSNAP_TRY(process.working_directory());
-  record.was_running = running;
   const auto name = VMSNAP_TRY(qmp.execute("query-name"));
   record.name = name.is_object() ? name.value("name", std::string()) : std::string();
   if (record.name.empty()) record.name = fmt::format("qemu-{}", process.pid());
@@ -110,10 +109,12 @@ std::vector<MemoryBlock> to_memory_blocks(const std::vector<RamBlock>& blocks) {
 }
 
 Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& options) {
+  VmRecord record = VMSNAP_TRY(record_vm(qmp, job.process()));
+  VMSNAP_CHECK(job.wait_for_restore(to_memory_blocks(VMSNAP_TRY(read_ram_blocks(qmp, job.process())))));
   const GuestState state = VMSNAP_TRY(check_guest_state(qmp));
+  record.was_running = state.running;
   VMSNAP_CHECK(check_migration(qmp));
   VMSNAP_CHECK(check_disks(qmp, options));
-  const VmRecord record = VMSNAP_TRY(record_vm(qmp, job.process(), state.running));
   const auto blocks = VMSNAP_TRY(read_ram_blocks(qmp, job.process()));
   VMSNAP_CHECK(job.prepare(to_memory_blocks(blocks), &qmp, record.name));
 

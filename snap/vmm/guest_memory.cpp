@@ -25,10 +25,14 @@ tl::unexpected<Error> refuse(const Process& process, const MemoryBlock& block, s
                             .with_remedy(std::move(remedy)));
 }
 
+// smaps shows a registered userfaultfd as um (missing), uw (write-protect) or
+// ui (minor faults).
+bool is_watched(const Mapping& mapping) {
+  return mapping.has_flag("um") || mapping.has_flag("uw") || mapping.has_flag("ui");
+}
+
 Status check_piece(const Process& process, const MemoryBlock& block, const Mapping& piece) {
-  // smaps shows a registered userfaultfd as um (missing), uw (write-protect)
-  // or ui (minor faults).
-  if (piece.has_flag("um") || piece.has_flag("uw") || piece.has_flag("ui")) {
+  if (is_watched(piece)) {
     return refuse(process, block, "is watched by another userfaultfd already",
                   "Another snapshot, a lazy restore or a postcopy migration is at work on it: "
                   "wait for it to end.");
@@ -49,6 +53,16 @@ Status check_piece(const Process& process, const MemoryBlock& block, const Mappi
 }
 
 }  // namespace
+
+Result<bool> is_watched(const Process& process, const std::vector<MemoryBlock>& blocks) {
+  const std::vector<Mapping> mappings = VMSNAP_TRY(read_memory_map(process));
+  for (const MemoryBlock& block : blocks) {
+    for (const Mapping& mapping : VMSNAP_TRY(mappings_of(mappings, block.range))) {
+      if (is_watched(mapping)) return true;
+    }
+  }
+  return false;
+}
 
 Result<GuestMemory> map_guest_memory(const Process& process, std::vector<MemoryBlock> blocks) {
   const std::vector<Mapping> mappings = VMSNAP_TRY(read_memory_map(process));

@@ -47,6 +47,10 @@ struct GuestMemory {
   std::vector<Region> regions() const;  // as an image records them
 };
 
+// Whether somebody else's userfaultfd watches some of it: a lazy restore, a
+// snapshot, a migration.
+Result<bool> is_watched(const Process& process, const std::vector<MemoryBlock>& blocks);
+
 // Numbers the pages of `blocks` through (first_page is set here) and looks up
 // what is behind them. ErrorCode::refused, naming block and reason, for memory
 // that cannot be watched: a disk file, a device, a range that somebody else's

@@ -92,6 +92,20 @@ Status check_not_pinned(const Process& process) {
   return {};
 }
 
+Status check_no_asynchronous_io(const Process& process) {
+  std::string what;
+  for (const auto& [number, target] : VMSNAP_TRY(process.descriptors())) {
+    if (target == "anon_inode:[io_uring]") what = fmt::format("io_uring (descriptor {})", number);
+  }
+  for (const Mapping& mapping : VMSNAP_TRY(read_memory_map_quick(process))) {
+    if (mapping.path.starts_with("/[aio]")) what = "Linux AIO";
+  }
+  if (what.empty()) return {};
+  return refuse(fmt::format("{} uses {}, which may write its memory while it stands still",
+                            process.describe(), what),
+                "Have it close its io_uring and AIO contexts for the time of the snapshot.");
+}
+
 namespace {
 
 // One file, as /proc/PID/maps names it.

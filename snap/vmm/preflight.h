@@ -31,6 +31,10 @@ Result<std::vector<std::string>> writable_disks(Qmp& qmp);
 // buffers. Writes through it raise no fault.
 Status check_not_pinned(const Process& process);
 
+// Requests of Linux AIO or io_uring, which write memory behind the back of a
+// process that stands still. For a process, not a VM: QEMU drains its own.
+Status check_no_asynchronous_io(const Process& process);
+
 // Shared memory that another process has mapped writable (vhost-user,
 // virtiofsd, DPDK), or a private address space that another process shares
 // (CLONE_VM): its writes would not be seen. Looks at every process that /proc

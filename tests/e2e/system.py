@@ -24,6 +24,29 @@ def add_swap(world, mib=512):
     world.at_end(lambda: subprocess.run(["swapoff", path], check=True))
 
 
+def add_zram_swap(world, mib=256):
+    """Adds compressed memory as swap for the time of the test."""
+    control = pathlib.Path("/sys/class/zram-control")
+    harness.need(control.exists(), "zram", "the kernel has no zram")
+    number = (control / "hot_add").read_text().strip()
+
+    def remove():
+        subprocess.run(["swapoff", f"/dev/zram{number}"], check=False, capture_output=True)
+        (control / "hot_remove").write_text(number)
+    world.at_end(remove)
+    pathlib.Path(f"/sys/block/zram{number}/disksize").write_text(f"{mib}M")
+    device = f"/dev/zram{number}"
+    harness.wait_until(lambda: os.path.exists(device), f"{device} to be there")
+    subprocess.run(["mkswap", "-q", device], check=True)
+    subprocess.run(["swapon", "-p", "100", device], check=True)
+
+
+def vmstat(name):
+    """A counter of /proc/vmstat."""
+    text = pathlib.Path("/proc/vmstat").read_text()
+    return int(text.split(f"\n{name} ")[1].split()[0])
+
+
 def add_huge_pages(world, mib):
     """Has the kernel set aside huge pages for the time of the test."""
     harness.need(HUGE_PAGES.exists(), "hugetlb", "the kernel has no hugetlbfs")

@@ -2,6 +2,7 @@
 each VM that is restored from it."""
 
 import json
+import signal
 
 import pytest
 
@@ -61,6 +62,31 @@ def test_snapshot_of_a_restored_guest(world):
     world.vmsnap("restore", second, "--run-dir", again).expect("ok")
     victims.assert_linux_goes_on(qemu.restored(again))
     victims.assert_linux_goes_on(copy)
+
+
+def test_snapshot_during_a_lazy_restore(world):
+    """Taken while pages are still to come: it waits for them, and has them all."""
+    guest = victims.LinuxGuest(world, mib=192, check_mib=4)
+    image, _ = snapshot(world, guest)
+    guest.kill()
+    run_dir = world.path("run")
+    restore = world.start_vmsnap("restore", image, "--run-dir", run_dir,
+                                 env={"VMSNAP_STOP_AT": "restore.half"})
+    restore.wait_stopped()
+    copy = qemu.restored(run_dir)
+    assert checks.ranges_with_userfault(copy.pid)
+    refused = world.vmsnap("snapshot", "--qmp", copy.qmp_socket, "--output", world.path("no.img"),
+                           "--restore-wait", "0.2").expect("refused")
+    assert "userfaultfd" in refused.err
+    second = world.path("vm.img")
+    run = world.start_vmsnap("snapshot", "--qmp", copy.qmp_socket, "--output", second)
+    restore.signal(signal.SIGCONT)
+    run.wait().expect("ok")
+    restore.wait().expect("ok")
+    victims.assert_linux_goes_on(copy)
+    again = world.path("run")
+    world.vmsnap("restore", second, "--run-dir", again).expect("ok")
+    victims.assert_linux_goes_on(qemu.restored(again))
 
 
 @pytest.mark.parametrize("ram", ["two-backends", "file", "vga"])

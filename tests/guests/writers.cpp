@@ -5,6 +5,10 @@
 // writers [--memory anon|thp|memfd|memfd-private|hugetlb|hugetlb-private]
 //         [--mib N] [--threads T] [--seed S] [--split 1]
 //         [--disturb pageout,collapse,ksm,fork] [--sweep-us N] [--touch-us N]
+//         [--sweep-by store|copied|direct] [--file PATH]
+//
+// With --sweep-by the kernel writes the sweeper's pages: by reading them from
+// the file PATH, through the page cache or past it (O_DIRECT).
 //
 // Prints "RANGE start-end" (hex; with --split one line an area) and "READY",
 // then runs until it is killed or its stdin ends. Commands on stdin:
@@ -15,6 +19,9 @@
 //   remove OFFSET LEN     madvise(MADV_REMOVE), a hole punched in a memfd
 //   punch OFFSET LEN      the same by fallocate on the descriptor
 //                         These three answer "DISCARDED errno".
+//   unmap|move|readonly|none OFFSET LEN   munmap, mremap to elsewhere, mprotect;
+//                         of the fixed area, with the same answer. Not to be
+//                         checked after one of the first two.
 //   fixed                 "FIXED offset length" of the fixed area
 // Exit status 77 and a reason, if there is no such memory here.
 #include <fcntl.h>
@@ -30,6 +37,7 @@
 #include <iostream>
 #include <mutex>
 #include <random>
+#include <set>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -119,6 +127,19 @@ class Process {
     }
   }
 
+  // What the sweeper's pages are read from; else it stores them itself.
+  void sweep_by(const std::string& how, const std::string& path) {
+    if (how == "store") return;
+    sweep_file_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | (how == "direct" ? O_DIRECT : 0), 0600);
+    if (sweep_file_ < 0) skip("cannot open " + path);
+    void* page = nullptr;
+    if (posix_memalign(&page, page_bytes, page_bytes) != 0) std::abort();
+    next_page_ = static_cast<writers::UniformPage*>(page);
+    for (unsigned word = 0; word < std::size(next_page_->pattern); ++word) {
+      next_page_->pattern[word] = writers::uniform_word(word);
+    }
+  }
+
   void start(uint64_t sweep_us, uint64_t touch_us) {
     for (unsigned writer = 0; writer < layout_.threads; ++writer) {
       begin([this, writer] { write_slots(writer); });
@@ -177,9 +198,18 @@ class Process {
 
   std::string discard(const std::string& how, uint64_t offset, uint64_t bytes) {
     if (offset < layout_.fixed_at() || offset + bytes > layout_.holes_at()) return "BAD offset";
-    if (!memory_.comes_back) gone_.emplace_back(offset, bytes);
+    const bool protects = how == "readonly" || how == "none";
+    if (!memory_.comes_back && !protects) gone_.emplace_back(offset, bytes);
     int result;
-    if (how == "punch") {
+    void* place = memory_.start + offset;
+    if (how == "unmap") {
+      result = munmap(place, bytes);
+    } else if (how == "move") {
+      result = mremap(place, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED,
+                      mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) == MAP_FAILED;
+    } else if (how == "readonly" || how == "none") {
+      result = mprotect(place, bytes, how == "none" ? PROT_NONE : PROT_READ);
+    } else if (how == "punch") {
       result = fallocate(memory_.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                          static_cast<off_t>(offset), static_cast<off_t>(bytes));
     } else {
@@ -248,10 +278,22 @@ class Process {
       park_if_asked();
       auto* page = reinterpret_cast<writers::UniformPage*>(memory_.start + layout_.uniform_at() +
                                                            (k - 1) % pages * page_bytes);
-      page->generation = (k - 1) / pages + 1;
+      write_generation(page, (k - 1) / pages + 1, (k - 1) % pages == 0);
       counters_[writers::sweeper]->store(k, std::memory_order_release);
       if (k % pages == 0) std::this_thread::sleep_for(std::chrono::microseconds(pause_us));
     }
+  }
+
+  void write_generation(writers::UniformPage* page, uint64_t generation, bool first) {
+    if (sweep_file_ < 0) {
+      page->generation = generation;
+      return;
+    }
+    if (first) {
+      next_page_->generation = generation;
+      if (pwrite(sweep_file_, next_page_, page_bytes, 0) != page_bytes) std::abort();
+    }
+    if (pread(sweep_file_, page, page_bytes, 0) != page_bytes) std::abort();
   }
 
   void touch(uint64_t pause_us) {
@@ -278,6 +320,8 @@ class Process {
   int running_ = 0;
   int parked_ = 0;
   std::vector<std::pair<uint64_t, uint64_t>> gone_;
+  int sweep_file_ = -1;
+  writers::UniformPage* next_page_ = nullptr;
 };
 
 void print_ranges(const Layout& layout, const Memory& memory, bool split) {
@@ -298,7 +342,7 @@ int main(int argc, char** argv) {
   layout.bytes = 64 << 20;
   layout.threads = 2;
   layout.seed = 1;
-  std::string kind = "anon", disturb;
+  std::string kind = "anon", disturb, sweep_by = "store", file;
   uint64_t sweep_us = 1000, touch_us = 5000;
   bool split = false;
   for (int i = 1; i + 1 < argc; i += 2) {
@@ -310,6 +354,8 @@ int main(int argc, char** argv) {
     if (option == "--disturb") disturb = value;
     if (option == "--sweep-us") sweep_us = std::stoull(value);
     if (option == "--touch-us") touch_us = std::stoull(value);
+    if (option == "--sweep-by") sweep_by = value;
+    if (option == "--file") file = value;
     if (option == "--split") split = value == "1";
   }
   if (layout.bytes < writers::smallest_bytes || layout.bytes % writers::huge_bytes != 0 ||
@@ -327,6 +373,7 @@ int main(int argc, char** argv) {
     else
       process.disturb(what);
   }
+  process.sweep_by(sweep_by, file);
   process.start(sweep_us, touch_us);
   print_ranges(layout, memory, split);
 
@@ -337,7 +384,9 @@ int main(int argc, char** argv) {
     words >> command >> offset >> bytes;
     if (command == "check") answer = process.check();
     if (command == "progress") answer = "PROGRESS " + std::to_string(process.progress());
-    if (command == "dontneed" || command == "remove" || command == "punch") {
+    static const std::set<std::string> discards = {"dontneed", "remove", "punch", "unmap",
+                                                   "move",     "readonly", "none"};
+    if (discards.contains(command)) {
       answer = process.discard(command, offset, bytes);
     }
     if (command == "fixed") {

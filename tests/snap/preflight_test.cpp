@@ -55,6 +55,28 @@ TEST(Preflight, RefusesMemoryPinnedByIoUring) {
       << refused.error().message();
 }
 
+class AsynchronousIo : public ::testing::TestWithParam<bool> {};
+
+TEST_P(AsynchronousIo, RefusesAProcessThatReadsAsynchronously) {
+  Report* report = shared_with_victim<Report>();
+  Victim victim([report, ring = GetParam()] {
+    io_uring_params parameters = {};
+    unsigned long context = 0;
+    const long made = ring ? ::syscall(SYS_io_uring_setup, 4, &parameters) : ::syscall(SYS_io_setup, 4, &context);
+    report->result = made < 0 ? errno : 0;
+    ::pause();
+    return 0;
+  });
+  wait_for(report);
+  if (report->result != 0) GTEST_SKIP() << "not on this kernel: " << std::strerror(report->result);
+  const Status refused = check_no_asynchronous_io(victim.process());
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code(), ErrorCode::refused);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, AsynchronousIo, ::testing::Bool(),
+                         [](const auto& ring) { return ring.param ? "io_uring" : "aio"; });
+
 TEST(Preflight, TakesAProcessWithoutPinnedMemory) {
   Victim victim([] {
     ::pause();
@@ -62,6 +84,7 @@ TEST(Preflight, TakesAProcessWithoutPinnedMemory) {
   });
   const Status fine = check_not_pinned(victim.process());
   EXPECT_TRUE(fine) << fine.error().message();
+  EXPECT_TRUE(check_no_asynchronous_io(victim.process()));
 }
 
 }  // namespace
