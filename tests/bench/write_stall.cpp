@@ -1,14 +1,17 @@
-// How long a write waits for its page to be captured, seen by the writer.
+// What the writes of a process go through while its memory is captured.
 //
 //   write_stall floor PAGES    the bare mechanism: event, unprotect, wake; no
 //                              copy, nothing else to do; prints JSON
-//   write_stall victim PAGES   prints "RANGE start-end", then writes one byte a
-//                              page in random order, again and again, until
-//                              standard input ends; prints JSON for the writes
-//                              that took longer than `threshold_us`
+//   write_stall victim PAGES KIND LOAD
+//                              memory of KIND (anonymous, thp, memfd), four
+//                              fifths of it filled; prints "RANGE start-end",
+//                              then rewrites whole pages in random order, LOAD
+//                              MB/s (0: none, full: as fast as it can). For each
+//                              line on standard input: prints JSON of the time
+//                              since the last one. Ends with standard input.
 //
 // Both write from one thread, one page at a time, and take the time of each
-// write from outside.
+// write from outside; those longer than `threshold_us` waited for somebody.
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <poll.h>
@@ -26,6 +29,7 @@
 #include <cstring>
 #include <numeric>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -61,13 +65,14 @@ double timed_write(char* place) {
   return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
 }
 
-void print(std::vector<double> times) {
+void print(std::vector<double> times, const char* end = "\n") {
   std::sort(times.begin(), times.end());
   const auto at = [&](double share) {
     return times.empty() ? 0.0 : times[static_cast<size_t>(share * static_cast<double>(times.size() - 1))];
   };
-  std::printf("{\"writes\": %zu, \"p50_us\": %.2f, \"p99_us\": %.2f, \"max_us\": %.2f}\n",
-              times.size(), at(0.5), at(0.99), at(1.0));
+  std::printf("{\"writes\": %zu, \"p50_us\": %.2f, \"p99_us\": %.2f, \"max_us\": %.2f}%s",
+              times.size(), at(0.5), at(0.99), at(1.0), end);
+  std::fflush(stdout);
 }
 
 int measure_floor(size_t pages) {
@@ -104,32 +109,123 @@ int measure_floor(size_t pages) {
   return 0;
 }
 
-int be_victim(size_t pages) {
-  char* memory = make_memory(pages);
-  const std::vector<size_t> order = shuffled(pages);
+char* make_memory_of(const std::string& kind, size_t pages) {
+  constexpr size_t huge = 2 << 20;
+  const size_t bytes = pages * page_bytes;
+  const int fd = kind == "memfd" ? ::memfd_create("victim", 0) : -1;
+  if (fd >= 0 && ::ftruncate(fd, static_cast<off_t>(bytes)) != 0) std::exit(1);
+  void* reserved = ::mmap(nullptr, bytes + huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (reserved == MAP_FAILED) std::exit(1);
+  auto* start = reinterpret_cast<char*>((reinterpret_cast<uint64_t>(reserved) + huge - 1) / huge * huge);
+  const int flags = fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+  if (::mmap(start, bytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, 0) == MAP_FAILED) std::exit(1);
+  ::madvise(start, bytes, kind == "thp" ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+  return start;
+}
+
+// Of every five filled pages one is a copy of others, four compress to about a
+// half.
+void fill(char* memory, size_t pages) {
+  constexpr size_t kinds = 64;
+  std::vector<uint64_t> patterns(kinds * page_bytes / 8);
+  std::mt19937_64 random(1);
+  for (size_t i = 0; i < patterns.size(); ++i) patterns[i] = i % 3 ? i : random();
+  for (size_t page = 0; page < pages; ++page) {
+    char* to = memory + page * page_bytes;
+    std::memcpy(to, patterns.data() + page % kinds * page_bytes / 8, page_bytes);
+    if (page % 5) *reinterpret_cast<uint64_t*>(to + 2048) = page;
+  }
+}
+
+class Writer {
+ public:
+  Writer(char* memory, size_t pages, double megabytes_per_second)
+      : memory_(memory), order_(shuffled(pages)), rate_(megabytes_per_second * 1e6 / page_bytes) {}
+
+  // Until stop(); `rate_` pages a second, what was missed is made up for.
+  void run() {
+    auto start = Clock::now();
+    double due = 0;
+    for (size_t i = 0; !stop_; i = (i + 1) % order_.size()) {
+      if (rate_ > 0 && i % 32 == 0) {
+        due += 32 / rate_;
+        const auto when = start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(due));
+        if (when > Clock::now()) std::this_thread::sleep_until(when);
+        if (Clock::now() - when > std::chrono::seconds(1)) start += std::chrono::seconds(1);
+      }
+      write(memory_ + order_[i] * page_bytes);
+      if (mark_) report();
+    }
+  }
+  void stop() { stop_ = true; }
+  void mark() {
+    mark_ = true;
+    while (mark_ && !stop_) ::usleep(100);
+  }
+
+ private:
+  void write(char* page) {
+    const auto start = Clock::now();
+    for (size_t i = 0; i < page_bytes; i += 64) {
+      volatile char* touched = page + i;
+      *touched = static_cast<char>(*touched + 1);
+    }
+    const double took = std::chrono::duration<double, std::micro>(Clock::now() - start).count();
+    ++written_;
+    if (took > threshold_us) waited_.push_back(took);
+  }
+
+  void report() {
+    const double seconds = std::chrono::duration<double>(Clock::now() - since_).count();
+    std::printf("{\"pages_per_s\": %.0f, \"waits\": ", static_cast<double>(written_) / seconds);
+    print(waited_, "}\n");
+    waited_.clear();
+    written_ = 0;
+    since_ = Clock::now();
+    mark_ = false;
+  }
+
+  char* memory_;
+  std::vector<size_t> order_;
+  double rate_;
+  std::atomic<bool> stop_ = false, mark_ = false;
+  std::vector<double> waited_;
+  uint64_t written_ = 0;
+  Clock::time_point since_ = Clock::now();
+};
+
+int be_victim(size_t pages, const std::string& kind, const std::string& load) {
+  char* memory = make_memory_of(kind, pages);
+  const size_t filled = pages * 4 / 5;
+  fill(memory, filled);
+  Writer writer(memory, filled, load == "full" ? 0 : std::strtod(load.c_str(), nullptr));
+  const bool idle = load == "0";
+  std::thread thread([&] {
+    if (!idle) writer.run();
+  });
   std::printf("RANGE %lx-%lx\n", reinterpret_cast<unsigned long>(memory),
               reinterpret_cast<unsigned long>(memory + pages * page_bytes));
   std::fflush(stdout);
-  std::vector<double> times;
-  times.reserve(pages * 2);
-  pollfd input = {STDIN_FILENO, POLLIN, 0};
-  while (::poll(&input, 1, 0) == 0) {
-    for (size_t i = 0; i < order.size(); ++i) {
-      const double took = timed_write(memory + order[i] * page_bytes);
-      if (took > threshold_us) times.push_back(took);
-      if (i % 64 == 0) ::usleep(200);  // a writer of some 100,000 pages a second at most
+  char line[64];
+  while (std::fgets(line, sizeof line, stdin)) {
+    if (idle) {
+      std::puts("{\"pages_per_s\": 0, \"waits\": null}");
+    } else {
+      writer.mark();
     }
+    std::fflush(stdout);
   }
-  print(std::move(times));
+  writer.stop();
+  thread.join();
   return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const size_t pages = argc == 3 ? std::strtoull(argv[2], nullptr, 10) : 0;
-  if (pages > 0 && std::strcmp(argv[1], "floor") == 0) return measure_floor(pages);
-  if (pages > 0 && std::strcmp(argv[1], "victim") == 0) return be_victim(pages);
-  std::fprintf(stderr, "usage: write_stall floor|victim PAGES\n");
+  const size_t pages = argc >= 3 ? std::strtoull(argv[2], nullptr, 10) : 0;
+  if (pages > 0 && argc == 3 && std::strcmp(argv[1], "floor") == 0) return measure_floor(pages);
+  if (pages > 0 && argc == 5 && std::strcmp(argv[1], "victim") == 0) return be_victim(pages, argv[3], argv[4]);
+  std::fprintf(stderr, "usage: write_stall floor PAGES | victim PAGES anonymous|thp|memfd 0|MB|full\n");
   return 2;
 }
