@@ -16,8 +16,7 @@ namespace {
 constexpr uint64_t step_bytes = 16 << 20;
 // Holes nearer to each other than this are looked through in one go.
 constexpr uint64_t hole_gap_bytes = 2 << 20;
-// A writer that is as quick as the rounds would keep them going for ever.
-constexpr int max_rounds = 8;
+constexpr int max_rounds = 16;
 constexpr size_t few_runs = 128;
 
 // hugetlb pages are so few that there is nothing to gain.
@@ -139,13 +138,14 @@ Status Arming::ahead(const std::function<Status()>& on_step) {
 }
 
 void Arming::note_huge(CapturedPiece& piece, const std::vector<RemoteRange>& runs) {
-  if (!keep_huge_ || runs.empty()) return;
+  if (runs.empty()) return;
   std::lock_guard lock(state_.arming);
   for (const RemoteRange& run : runs) piece.note_huge(piece.unit_of(run.start), run.length / page_size);
 }
 
-// Where there is memory, and where there is none. Early writers go on, so what
-// is found without a mark counts as a hole: it is looked at again.
+// Where there is memory, and where there is none. Early writers go on: what
+// appears after the first look is in a hole, and holes are looked at again; what
+// has appeared before it is protected by the second.
 Status Arming::survey(CapturedPiece& piece) {
   const MemoryPiece& memory = piece.piece;
   if (memory.shared()) {
@@ -159,16 +159,24 @@ Status Arming::survey(CapturedPiece& piece) {
     set_armed(piece, 0, piece.states.count());
     return {};
   }
-  const auto marked = VMSNAP_TRY(state_.pagemap.marked(memory.range));
-  set_armed(piece, marked);
-  piece.holes = holes_between(marked, memory.range);
+  piece.holes = holes_between(VMSNAP_TRY(state_.pagemap.populated(memory.range)), memory.range);
+  for (const RemoteRange& run : VMSNAP_TRY(state_.pagemap.unmarked(memory.range))) {
+    VMSNAP_CHECK(protect(run));
+  }
+  set_armed(piece, VMSNAP_TRY(state_.pagemap.marked(memory.range)));
   note_huge(piece, VMSNAP_TRY(state_.pagemap.huge(memory.range)));
   return {};
 }
 
 Status Arming::again() {
+  size_t before = SIZE_MAX;
   for (int round = 0; round < max_rounds; ++round) {
-    if (VMSNAP_TRY(protect_again()) <= few_runs) break;
+    const size_t runs = VMSNAP_TRY(protect_again());
+    if (runs <= few_runs) break;
+    // To protect a page takes longer than to write to it: a writer that only
+    // writes would be faster than we are.
+    if (runs > before / 2) state_.early_writes_wait = true;
+    before = runs;
   }
   return state_.status();
 }

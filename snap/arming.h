@@ -30,9 +30,7 @@ namespace vmsnap {
 
 class Arming {
  public:
-  // `keep_huge`: what is mapped as a huge page is let through, copied and freed
-  // as a whole, so that it stays one.
-  Arming(CaptureState& state, bool keep_huge) : state_(state), keep_huge_(keep_huge) {}
+  explicit Arming(CaptureState& state) : state_(state) {}
 
   // Blocks for some 30 ms per GiB; `on_step` is called about every
   // millisecond, and an error that it returns ends it.
@@ -50,7 +48,6 @@ class Arming {
   Status protect_appeared(CapturedPiece& piece);
 
   CaptureState& state_;
-  const bool keep_huge_;
 };
 
 }  // namespace vmsnap

@@ -1,6 +1,7 @@
 #include "snap/capture.h"
 
 #include <algorithm>
+#include <set>
 
 #include "formats/test_point.h"
 #include "snap/thread_priority.h"
@@ -40,10 +41,11 @@ Result<std::unique_ptr<Capture>> Capture::create(const Process& process, const G
   auto state = std::make_unique<CaptureState>(process, std::move(pagemap), std::move(uffd), memory,
                                               std::move(staging));
   std::unique_ptr<Capture> capture(new Capture(writer, std::move(options), std::move(state)));
-  capture->faults_ = std::make_unique<FaultHandler>(*capture->state_, capture->options_.stall_limit,
+  capture->faults_ = std::make_unique<FaultHandler>(*capture->state_, capture->options_.keep_huge_pages,
+                                                    capture->options_.stall_limit,
                                                     capture->options_.heartbeat);
   VMSNAP_CHECK(capture->faults_->prepare());
-  capture->arming_ = std::make_unique<Arming>(*capture->state_, capture->options_.keep_huge_pages);
+  capture->arming_ = std::make_unique<Arming>(*capture->state_);
   return capture;
 }
 
@@ -137,6 +139,7 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
   options_.released();
   VMSNAP_TEST_POINT("copy.done");
   state_->staging->close();
+  mend_huge_pages();
   for (std::thread& worker : workers_) {
     while (state_->counters.zero_pages + state_->counters.duplicate_pages + state_->counters.stored_pages <
                state_->counters.copied_pages &&
@@ -149,9 +152,23 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
   return state_->status();
 }
 
+// What had to be split is made huge again, so that the guest is as quick as
+// before. Where the kernel will not, khugepaged may, some day.
+void Capture::mend_huge_pages() {
+  std::set<RemotePtr> starts;
+  for (const auto& [piece, unit] : faults_->split()) starts.insert(piece->units(unit, 1).start);
+  uint64_t mended = 0;
+  for (const RemotePtr start : starts) {
+    mended += state_->process.collapse({start, huge_page_bytes}) ? 1 : 0;
+  }
+  state_->counters.split_huge_pages = starts.size();
+  state_->counters.mended_huge_pages = mended;
+}
+
 // One worker: what writers waited for comes first, because it holds memory that
 // the next of them needs; then the sweep, until there is no more.
 Status Capture::work() {
+  take_short_turns();
   ImageWriter::Encoder encoder;
   Chunk swept = VMSNAP_TRY(Chunk::create());
   const auto write_swept = [&]() -> Status {

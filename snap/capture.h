@@ -39,7 +39,7 @@ struct CaptureOptions {
   unsigned workers = 2;
   uint64_t staging_bytes = 64 << 20;
   uint64_t bytes_per_second = 0;  // of the image; 0: no limit. Writers that wait are not held up.
-  bool keep_huge_pages = true;  // capture each as a whole: see arming.h
+  bool keep_huge_pages = true;  // copy each as a whole when it is written to; see fault_handler.h
   std::chrono::milliseconds stall_limit{10000};
   std::function<void()> heartbeat = [] {};  // often, while the target may wait for us
   std::function<void()> released = [] {};   // from now on it waits for us no more
@@ -74,6 +74,7 @@ class Capture {
       : writer_(writer), options_(std::move(options)), state_(std::move(state)), sweep_(*state_),
         pace_(options_.bytes_per_second) {}
   Status watch(const MemoryPiece& piece);
+  void mend_huge_pages();
   Status work();
   Status write(ImageWriter::Encoder& encoder, const Chunk& chunk);
   void stop_threads();

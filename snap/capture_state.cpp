@@ -9,25 +9,19 @@
 
 namespace vmsnap {
 
-namespace {
-
-constexpr uint64_t huge_bytes = 2 << 20;
-
-}  // namespace
-
 size_t CapturedPiece::window_index(uint64_t unit) const {
-  return (piece.range.start + unit * page_size).address() / huge_bytes -
-         piece.range.start.address() / huge_bytes;
+  return (piece.range.start + unit * page_size).address() / huge_page_bytes -
+         piece.range.start.address() / huge_page_bytes;
 }
 
 CapturedPiece::Window CapturedPiece::window(uint64_t unit) const {
-  const uint64_t into = (piece.range.start + unit * page_size).address() % huge_bytes / page_size;
-  return {unit - std::min(unit, into), std::min(states.count(), unit + huge_bytes / page_size - into)};
+  const uint64_t into = (piece.range.start + unit * page_size).address() % huge_page_bytes / page_size;
+  return {unit - std::min(unit, into), std::min(states.count(), unit + huge_page_bytes / page_size - into)};
 }
 
 void CapturedPiece::note_huge(uint64_t first_unit, uint64_t count) {
   if (huge_.empty()) huge_.resize(window_index(states.count() - 1) + 1);
-  for (uint64_t unit = first_unit; unit < first_unit + count; unit += huge_bytes / page_size) {
+  for (uint64_t unit = first_unit; unit < first_unit + count; unit += huge_page_bytes / page_size) {
     huge_[window_index(unit)] = true;
   }
 }

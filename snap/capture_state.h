@@ -28,6 +28,8 @@
 
 namespace vmsnap {
 
+inline constexpr uint64_t huge_page_bytes = 2 << 20;
+
 struct CapturedPiece {
   explicit CapturedPiece(const MemoryPiece& p) : piece(p), states(p) {}
 
@@ -77,6 +79,7 @@ struct CaptureCounters {
   std::atomic<uint64_t> early_writes = 0;  // let through before the instant
   std::atomic<uint64_t> write_faults = 0;
   std::atomic<uint64_t> armed_pages = 0;  // what there is to copy; known after arm()
+  std::atomic<uint64_t> split_huge_pages = 0, mended_huge_pages = 0;  // known at the end
   LatencyHistogram fault_latency;         // event read until the writer goes on
 };
 
@@ -97,6 +100,8 @@ class CaptureState {
   std::mutex arming;
   bool armed = false;                // the instant has been
   std::vector<UnitRun> let_through;  // freed for early writers since they were last protected
+
+  std::atomic<bool> early_writes_wait = false;  // a little, so that arming gains on them
 
   // What was written shortly before the instant, and so is written again soon.
   // Arming's until the instant.

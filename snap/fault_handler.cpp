@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <thread>
 
 #include "formats/test_point.h"
 #include "snap/thread_priority.h"
@@ -19,14 +20,14 @@ using Clock = std::chrono::steady_clock;
 constexpr int idle_ms = 200;  // how often an idle handler gives a sign of life
 constexpr int lull_ms = 20;   // how long pages wait for company on their way to a compressor
 constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
-constexpr uint64_t early_pages = 16;  // that one early write frees
-constexpr uint64_t max_ahead = 32;    // pages that are copied before they are asked for
+constexpr std::chrono::microseconds early_wait{20};
+constexpr uint64_t max_ahead = 32;  // pages that are dealt with before they are asked for
 
 }  // namespace
 
-FaultHandler::FaultHandler(CaptureState& state, std::chrono::milliseconds stall_limit,
+FaultHandler::FaultHandler(CaptureState& state, bool keep_huge, std::chrono::milliseconds stall_limit,
                            std::function<void()> heartbeat)
-    : state_(state), stall_limit_(stall_limit), heartbeat_(std::move(heartbeat)) {}
+    : state_(state), keep_huge_(keep_huge), stall_limit_(stall_limit), heartbeat_(std::move(heartbeat)) {}
 
 FaultHandler::~FaultHandler() {
   if (chunk_) state_.staging->give_back(chunk_);
@@ -67,8 +68,10 @@ void FaultHandler::run() {
 }
 
 Result<size_t> FaultHandler::answer_events() {
+  if (state_.early_writes_wait && !at_instant_) std::this_thread::sleep_for(early_wait);
   std::lock_guard lock(state_.arming);
   const auto events = VMSNAP_TRY(state_.uffd.read_events());
+  at_instant_ = state_.armed;
   for (const UffdEvent& event : events) VMSNAP_CHECK(handle(event));
   return events.size();
 }
@@ -85,14 +88,12 @@ Status FaultHandler::handle(const UffdEvent& event) {
   }
 }
 
-// The instant is not yet: whoever writes shall write, and those who write next
-// to it need not ask.
+// The instant is not yet: whoever writes shall write.
 Status FaultHandler::let_through(CapturedPiece& piece, uint64_t unit) {
   ++state_.counters.early_writes;
   CapturedPiece::Window free = piece.window(unit);
   if (!piece.is_huge(unit)) {
-    free = {std::max(free.first, unit / early_pages * early_pages),
-            std::min(free.end, (unit / early_pages + 1) * early_pages)};
+    free = {unit, unit + early_.at(piece.page_of(unit), free.end - unit)};
   }
   // Noted first: a page that is free and not noted would be lost.
   state_.let_through.push_back({&piece, free.first, free.end - free.first});
@@ -117,19 +118,29 @@ Status FaultHandler::handle_write(CapturedPiece& piece, uint64_t unit) {
   return {};
 }
 
-// What is copied together with a page that is waited for: all of a huge page;
-// else what comes next, if this page came right after the last ones.
-CapturedPiece::Window FaultHandler::around(const CapturedPiece& piece, uint64_t unit) const {
+uint64_t FaultHandler::Ahead::at(uint64_t page, uint64_t limit) {
+  count_ = page == next_ ? std::min(count_ * 2, max_ahead) : 1;
+  const uint64_t pages = std::min(count_, limit);
+  next_ = page + pages;
+  return pages;
+}
+
+// What is copied together with a page that is waited for: all of a huge page if
+// nobody need wait for room; else what comes next, if this page came right after
+// the last ones.
+CapturedPiece::Window FaultHandler::around(CapturedPiece& piece, uint64_t unit) {
   const CapturedPiece::Window window = piece.window(unit);
-  if (piece.is_huge(unit)) return window;
-  return {unit, std::min(window.end, unit + ahead_)};
+  if (piece.is_huge(unit)) {
+    if (keep_huge_ && state_.staging->has_plenty()) return window;
+    if (split_.empty() || split_.back() != std::pair(&piece, window.first)) {
+      split_.emplace_back(&piece, window.first);
+    }
+  }
+  return {unit, unit + ahead_.at(piece.page_of(unit), window.end - unit)};
 }
 
 Status FaultHandler::copy_pages(CapturedPiece& piece, uint64_t unit) {
-  const uint64_t page = piece.page_of(unit);
-  ahead_ = page == next_page_ ? std::min(ahead_ * 2, max_ahead) : 1;
   const CapturedPiece::Window window = around(piece, unit);
-  next_page_ = piece.page_of(window.end);
   Chunk* chunk = VMSNAP_TRY(chunk_with_room(window.end - window.first));
   return copy_window(state_, piece, window.first, window.end, *chunk);
 }

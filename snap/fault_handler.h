@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "formats/file.h"
@@ -18,7 +19,9 @@ class FaultHandler {
   // A guest that waits longer than `stall_limit` for room in the staging
   // memory (a disk that hangs) makes the capture fail. `heartbeat` is called
   // several times a second from the thread in run().
-  FaultHandler(CaptureState& state, std::chrono::milliseconds stall_limit,
+  // `keep_huge`: all of a huge page is copied when one write to it waits, as
+  // long as there is room; else only what the write needs, which splits it.
+  FaultHandler(CaptureState& state, bool keep_huge, std::chrono::milliseconds stall_limit,
                std::function<void()> heartbeat);
   ~FaultHandler();
 
@@ -28,26 +31,42 @@ class FaultHandler {
   void run();
   void request_stop();
 
+  // After run(): one unit of each huge page that was split.
+  const std::vector<std::pair<CapturedPiece*, uint64_t>>& split() const { return split_; }
+
  private:
   Result<size_t> answer_events();
   Status handle(const UffdEvent& event);
   Status let_through(CapturedPiece& piece, uint64_t unit);
   Status handle_write(CapturedPiece& piece, uint64_t unit);
   Status handle_missing(CapturedPiece& piece, uint64_t unit);
-  CapturedPiece::Window around(const CapturedPiece& piece, uint64_t unit) const;
+  CapturedPiece::Window around(CapturedPiece& piece, uint64_t unit);
   Status copy_pages(CapturedPiece& piece, uint64_t unit);
   Status copy_large_unit(CapturedPiece& piece, uint64_t unit);
   Result<Chunk*> chunk_with_room(size_t pages);
   void flush();
 
+  // Neighbours that are dealt with in one go: they grow while writes come in
+  // the order of addresses.
+  class Ahead {
+   public:
+    // How many from `page` on, at most `limit`.
+    uint64_t at(uint64_t page, uint64_t limit);
+
+   private:
+    uint64_t next_ = 0, count_ = 1;
+  };
+
   CaptureState& state_;
+  const bool keep_huge_;
   std::chrono::milliseconds stall_limit_;
   std::function<void()> heartbeat_;
   Fd stop_;  // eventfd
   std::atomic<bool> stopping_ = false;
   Chunk* chunk_ = nullptr;        // being filled
-  uint64_t next_page_ = 0;        // after the last that was copied
-  uint64_t ahead_ = 1;            // how many at a time: grows while they come in order
+  bool at_instant_ = false;  // the instant has been, as of the last events
+  Ahead early_, ahead_;
+  std::vector<std::pair<CapturedPiece*, uint64_t>> split_;
   std::vector<std::byte> zeros_;  // one hugetlb page, made when first needed
 };
 

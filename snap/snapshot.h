@@ -35,7 +35,7 @@ struct SnapshotOptions {
   std::chrono::milliseconds restore_wait{300000};
   unsigned cpus = 2;              // threads that copy and compress
   int compression_level = 1;
-  bool keep_huge_pages = true;    // each is copied while its writer waits, and stays one
+  bool keep_huge_pages = true;    // each is copied as a whole while its writer waits
   std::optional<uint64_t> memory; // bytes of ours, see memory_budget.h
   uint64_t bytes_per_second = 0;  // of the image; 0: no limit
 };
@@ -48,6 +48,7 @@ struct SnapshotSummary {
   uint64_t image_bytes = 0;  // of a store: that it grew by
   uint64_t early_writes = 0;  // let through before the pause
   uint64_t write_faults = 0;
+  uint64_t split_huge_pages = 0, mended_huge_pages = 0;
   double waited_ms = 0;  // all of them together
   double fault_p50_us = 0, fault_p99_us = 0, fault_max_us = 0;
 };

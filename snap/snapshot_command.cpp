@@ -79,6 +79,7 @@ nlohmann::json to_json(const SnapshotSummary& summary) {
       {"early_writes", summary.early_writes},
       {"write_faults", summary.write_faults},
       {"waited_ms", summary.waited_ms},
+      {"huge_pages", {{"split", summary.split_huge_pages}, {"mended", summary.mended_huge_pages}}},
       {"fault_us",
        {{"p50", summary.fault_p50_us}, {"p99", summary.fault_p99_us}, {"max", summary.fault_max_us}}},
   };
@@ -96,6 +97,10 @@ void print_summary(std::ostream& out, const SnapshotSummary& summary) {
       static_cast<double>(summary.image_bytes) / mib, summary.zero_pages, summary.duplicate_pages,
       summary.stored_pages, summary.write_faults, summary.fault_p50_us, summary.fault_p99_us,
       summary.fault_max_us, summary.waited_ms);
+  if (summary.split_huge_pages > 0) {
+    out << fmt::format("  {} huge pages were split for writes that could not wait, {} made huge again\n",
+                       summary.split_huge_pages, summary.mended_huge_pages);
+  }
 }
 
 Status run(const Arguments& arguments, CommandContext& context) {
@@ -187,7 +192,7 @@ void add_snapshot_command(CLI::App& app, CommandContext& context) {
   command->add_option("--bandwidth", arguments->bandwidth, "Bytes a second to write at most (64M)")
       ->type_name("SIZE");
   command->add_option("--huge-pages", arguments->huge_pages,
-                      "'keep' them whole (default), or 'split' them: shorter waits, slower after")
+                      "'keep' them whole (default), or 'split' those that are written to")
       ->type_name("keep|split")
       ->check(CLI::IsMember({"keep", "split"}));
   command->add_option("--level", arguments->options.compression_level, "zstd level (default 1)")

@@ -117,6 +117,8 @@ Result<SnapshotSummary> SnapshotJob::finish(nlohmann::json source,
   summary_.zero_pages = summary_.total_pages - summary_.duplicate_pages - summary_.stored_pages;
   summary_.early_writes = counters.early_writes;
   summary_.write_faults = counters.write_faults;
+  summary_.split_huge_pages = counters.split_huge_pages;
+  summary_.mended_huge_pages = counters.mended_huge_pages;
   summary_.waited_ms = counters.fault_latency.total_ms();
   summary_.fault_p50_us = counters.fault_latency.percentile_us(0.50);
   summary_.fault_p99_us = counters.fault_latency.percentile_us(0.99);

@@ -54,6 +54,11 @@ void Staging::give_back(Chunk* chunk) {
   empty_changed_.notify_one();
 }
 
+bool Staging::has_plenty() {
+  std::lock_guard lock(mutex_);
+  return empty_.size() * 4 > chunks_.size();
+}
+
 void Staging::hand_on(Chunk* full) {
   {
     std::lock_guard lock(mutex_);

@@ -61,6 +61,8 @@ class Staging {
   // time is over.
   Chunk* take_empty(std::chrono::milliseconds limit);
   void give_back(Chunk* chunk);
+  // Whether more than a quarter is empty.
+  bool has_plenty();
 
   void hand_on(Chunk* full);
   // A full chunk, null if there is none at the moment.

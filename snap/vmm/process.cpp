@@ -187,6 +187,15 @@ Status Process::write(RemotePtr to, std::span<const std::byte> from) const {
   });
 }
 
+Status Process::collapse(RemoteRange range) const {
+  constexpr int madv_collapse = 25;  // newer than glibc 2.36
+  const iovec where = {reinterpret_cast<void*>(range.start.address()), range.length};
+  if (::syscall(SYS_process_madvise, pidfd_.get(), &where, 1, madv_collapse, 0) < 0) {
+    return fail_errno(errno, "cannot make a huge page of {} at {:#x}", describe(), range.start.address());
+  }
+  return {};
+}
+
 Result<Fd> Process::take_descriptor(int remote_fd) const {
   const int fd = static_cast<int>(::syscall(SYS_pidfd_getfd, pidfd_.get(), remote_fd, 0));
   if (fd >= 0) return Fd(fd);

@@ -59,6 +59,11 @@ class Process {
   Status read(RemotePtr from, std::span<std::byte> to) const;
   Status write(RemotePtr to, std::span<const std::byte> from) const;
 
+  // Has the kernel put the small pages of a range together to huge ones
+  // (process_madvise(2), MADV_COLLAPSE, Linux 6.1); its accesses to them wait
+  // meanwhile. An error if the kernel cannot or will not.
+  Status collapse(RemoteRange range) const;
+
   // A duplicate of its descriptor `remote_fd` (pidfd_getfd(2)).
   Result<Fd> take_descriptor(int remote_fd) const;
 
