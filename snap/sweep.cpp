@@ -11,7 +11,7 @@ namespace {
 constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
 // Whoever writes to a page that the sweep is copying waits for all that it
 // copies in one go: little, except of a huge page, which is freed as a whole.
-constexpr uint64_t pages_at_once = 64;
+constexpr uint64_t pages_at_once = 32;
 
 bool is_large(const CapturedPiece& piece) { return piece.piece.unit_bytes > page_size; }
 
