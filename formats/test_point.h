@@ -41,6 +41,9 @@ inline constexpr std::array test_point_names = {
     std::string_view("store.manifest_renamed"), // the snapshot is there
     std::string_view("store.indexed"),          // and the next one finds its pages
     std::string_view("prune.manifest_deleted"), // one snapshot gone for good
+    std::string_view("repack.packs_synced"),    // what is needed was copied, under no name
+    std::string_view("repack.packs_renamed"),   // the copies are there, nobody needs them
+    std::string_view("repack.manifest_renamed"),// one snapshot needs them
     std::string_view("prune.pack_condemned"),   // one dead pack out of sight
     std::string_view("prune.epoch_ended"),      // all are, for whoever begins now
     std::string_view("prune.pack_deleted"),     // one pack gone for good

@@ -1,5 +1,6 @@
 #include "formats/store/manifest.h"
 
+#include <fcntl.h>
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <filesystem>
 #include <system_error>
 
+#include "formats/file.h"
 #include "formats/page_tree.h"
 #include "formats/store/pack_file.h"
 
@@ -96,6 +98,14 @@ Result<std::string> resolve_snapshot(const Store& store, Where where, const std:
   if (found.size() == 1) return found.front();
   if (found.empty() || text.empty()) return none("there is no snapshot '" + text + "'");
   return none(fmt::format("'{}' is the beginning of {} snapshots' ids", text, found.size()));
+}
+
+bool manifest_in_use(const std::string& path) {
+  const Fd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC));
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  return fd && ::fcntl(fd.get(), F_OFD_SETLK, &lock) < 0;
 }
 
 Status visit_entries(const ImageFile& manifest, const VisitEntry& visit) {

@@ -44,6 +44,9 @@ Result<std::string> resolve_snapshot(const Store& store, Where where, const std:
 // Ids (names of manifests), in no order.
 Result<std::vector<std::string>> manifest_ids(const std::string& directory);
 
+// Whether somebody has the snapshot open: a VM that is restored from it.
+bool manifest_in_use(const std::string& path);
+
 // Every page entry of a manifest that is not 0, in page order.
 using VisitEntry = std::function<Status(uint64_t page, uint64_t entry)>;
 Status visit_entries(const ImageFile& manifest, const VisitEntry& visit);

@@ -38,13 +38,31 @@ uint64_t size_of(const std::string& path) {
   return error ? 0 : size;
 }
 
-// Whether somebody has the snapshot open: a VM that is restored from it.
-bool in_use(const std::string& manifest) {
-  const Fd fd(::open(manifest.c_str(), O_RDWR | O_CLOEXEC));
-  struct flock lock = {};
-  lock.l_type = F_WRLCK;
-  lock.l_whence = SEEK_SET;
-  return fd && ::fcntl(fd.get(), F_OFD_SETLK, &lock) < 0;
+// A pack that was taken out of sight, and the epoch in which that was.
+struct Condemned {
+  std::string path;
+  uint64_t epoch = 0;
+  layout::ImageId id = {};
+};
+
+Result<std::vector<Condemned>> list_condemned(const StorePaths& paths) {
+  std::vector<Condemned> found;
+  std::error_code error;
+  fs::directory_iterator entry(paths.condemned(), error);
+  for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
+    const std::string name = entry->path().filename().string();
+    Condemned pack = {.path = paths.condemned() + "/" + name};
+    const size_t dot = name.find('.');
+    if (dot == std::string::npos) continue;  // not one of ours
+    const auto parsed = std::from_chars(name.data(), name.data() + dot, pack.epoch);
+    if (parsed.ec != std::errc() || parsed.ptr != name.data() + dot ||
+        !parse_id(name.substr(dot + 1), pack.id)) {
+      continue;
+    }
+    found.push_back(std::move(pack));
+  }
+  if (error) return fail_errno(error.value(), "cannot list {}", paths.condemned());
+  return found;
 }
 
 class Pruner {
@@ -128,7 +146,7 @@ Status Pruner::decide() {
 Status Pruner::delete_from_trash() {
   for (const std::string& id : VMSNAP_TRY(manifest_ids(paths_.trash()))) {
     const std::string path = paths_.in_trash(id);
-    if (in_use(path)) {
+    if (manifest_in_use(path)) {
       ++report_.in_use;
       continue;
     }
@@ -180,7 +198,6 @@ Status Pruner::condemn_dead_packs() {
   VMSNAP_CHECK(add_needed(paths_.snapshots()));
   VMSNAP_CHECK(add_needed(paths_.trash()));
   const uint64_t epoch = VMSNAP_TRY(present_epoch(paths_));
-  bool any = false;
   for (const std::string& name : VMSNAP_TRY(manifest_ids(paths_.packs()))) {
     layout::ImageId id;
     if (!parse_id(name, id) || needed_.contains(id)) continue;
@@ -188,10 +205,11 @@ Status Pruner::condemn_dead_packs() {
     if (::rename(paths_.pack(id).c_str(), to.c_str()) < 0) {
       return fail_errno(errno, "cannot rename {} to {}", paths_.pack(id), to);
     }
-    any = true;
     VMSNAP_TEST_POINT("prune.pack_condemned");
   }
-  if (!any) return {};
+  // Also for those of a prune that did not get as far as this.
+  const auto condemned = VMSNAP_TRY(list_condemned(paths_));
+  if (std::ranges::none_of(condemned, [&](const Condemned& c) { return c.epoch >= epoch; })) return {};
   VMSNAP_CHECK(sync_directory_of(paths_.condemned() + "/."));
   VMSNAP_CHECK(sync_directory_of(paths_.packs() + "/."));
   // Whoever begins from now on cannot have seen them.
@@ -203,23 +221,7 @@ Status Pruner::condemn_dead_packs() {
 Status Pruner::delete_condemned() {
   // We began in an epoch, too, and need nothing of it any more.
   VMSNAP_CHECK(store_.begin_again());
-  std::vector<std::string> names;
-  std::error_code error;
-  fs::directory_iterator entry(paths_.condemned(), error);
-  for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
-    names.push_back(entry->path().filename().string());
-  }
-  if (error) return fail_errno(error.value(), "cannot list {}", paths_.condemned());
-  for (const std::string& name : names) {
-    const std::string path = paths_.condemned() + "/" + name;
-    uint64_t epoch = 0;
-    layout::ImageId id;
-    const size_t dot = name.find('.');
-    const auto parsed = std::from_chars(name.data(), name.data() + std::min(dot, name.size()), epoch);
-    if (dot == std::string::npos || parsed.ec != std::errc() ||
-        parsed.ptr != name.data() + dot || !parse_id(name.substr(dot + 1), id)) {
-      continue;  // not one of ours
-    }
+  for (const auto& [path, epoch, id] : VMSNAP_TRY(list_condemned(paths_))) {
     if (needed_.contains(id)) {
       // A crash between two renames: it is needed after all.
       VMSNAP_CHECK(rename_durably(path, paths_.pack(id)));
@@ -246,11 +248,21 @@ Result<PruneReport> Pruner::run() {
   VMSNAP_CHECK(list());
   VMSNAP_CHECK(check_quarantine());
   VMSNAP_CHECK(decide());
-  if (options_.dry_run) return std::move(report_);
+  RepackOptions repacking;
+  repacking.below = options_.repack_below;
+  repacking.dry_run = options_.dry_run;
+  if (options_.dry_run) {
+    for (const PruneReport::Decision& d : report_.decisions) {
+      if (!d.decision.keep) repacking.leaving.insert(d.snapshot.id);
+    }
+    report_.repacked = VMSNAP_TRY(repack(store_, repacking));
+    return std::move(report_);
+  }
   remove_abandoned(paths_.temporary());
   if (options_.empty_trash) VMSNAP_CHECK(remove_unkept());
   VMSNAP_CHECK(delete_from_trash());
   if (!options_.empty_trash) VMSNAP_CHECK(remove_unkept());
+  report_.repacked = VMSNAP_TRY(repack(store_, repacking));
   VMSNAP_CHECK(condemn_dead_packs());
   VMSNAP_CHECK(delete_condemned());
   return std::move(report_);

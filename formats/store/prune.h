@@ -14,6 +14,7 @@
 #include "formats/error.h"
 #include "formats/retention.h"
 #include "formats/store/manifest.h"
+#include "formats/store/repack.h"
 #include "formats/store/store.h"
 
 namespace vmsnap {
@@ -30,6 +31,7 @@ struct PruneOptions {
   bool empty_trash = false;      // also of what this run puts there
   std::chrono::milliseconds lock_wait{0};
   int64_t now_unix_ms = 0;
+  double repack_below = 0.5;     // share of a pack's frames that is still needed; 0: never
 };
 
 struct PruneReport {
@@ -46,6 +48,7 @@ struct PruneReport {
   uint64_t freed_bytes = 0;
   uint64_t packs_waiting = 0;        // dead, but somebody may be reading them
   uint64_t waiting_bytes = 0;
+  RepackReport repacked;
 };
 
 // ErrorCode::locked if another prune or repair is at work for longer than

@@ -56,7 +56,7 @@ _vmsnap() {
     argument=$(_vmsnap_argument "$options" "$previous")
     case $argument in
       '') ;;
-      N | SECONDS | PID | START-END | DURATION | TAG | NAME | COMMAND | SIZE) return ;;
+      N | SECONDS | PID | START-END | DURATION | TAG | NAME | COMMAND | SIZE | PERCENT) return ;;
       none) COMPREPLY=($(compgen -W none -- "$word")); return ;;
       'keep|split') COMPREPLY=($(compgen -W 'keep split' -- "$word")); return ;;
       *) COMPREPLY=($(compgen -f -- "$word")); compopt -o filenames 2>/dev/null; return ;;

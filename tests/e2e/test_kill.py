@@ -17,7 +17,7 @@ POINTS = re.findall(r'std::string_view\("([\w.]+)"\)',
                     (harness.SOURCE / "formats/test_point.h").read_text())
 # Those of a store are walked in test_store_kill.py.
 SNAPSHOT_POINTS = [point for point in POINTS
-                   if not point.startswith(("restore.", "store.", "prune.", "repair."))]
+                   if not point.startswith(("restore.", "store.", "prune.", "repack.", "repair."))]
 RESTORE_POINTS = [point for point in POINTS if point.startswith("restore.")]
 
 # From here on a dead page server leaves a guest that waits, and that can be

@@ -3,6 +3,7 @@ committed snapshots stay whole, and the next prune frees what was left."""
 
 import re
 import signal
+import time
 
 import pytest
 
@@ -15,6 +16,7 @@ POINTS = re.findall(r'std::string_view\("([\w.]+)"\)',
 WRITE_POINTS = [point for point in POINTS if point.startswith("store.")] + ["commit.written"]
 REPAIR_POINTS = [point for point in POINTS if point.startswith("repair.")]
 PRUNE_POINTS = [point for point in POINTS if point.startswith("prune.")]
+REPACK_POINTS = [point for point in POINTS if point.startswith("repack.")]
 
 
 @pytest.fixture(name="victim")
@@ -70,6 +72,51 @@ def test_kill_a_prune(world, victim):
         assert ids(world, store) == []
         world.vmsnap("verify", "--store", store).expect("ok")
         assert_nothing_is_left(world, store)
+
+
+def bytes_of(world, store, snapshot):
+    raw = world.path("bytes.raw")
+    world.vmsnap("export", "--store", store, snapshot, "--raw", raw).expect("ok")
+    content = raw.read_bytes()
+    raw.unlink()
+    return content
+
+
+def test_kill_a_repack(world, victim):
+    """What is left of a night that went is moved: the other nights stay exact."""
+    for point in REPACK_POINTS:
+        store = world.path("store")
+        first, second = (world.vmsnap("snapshot", *target(victim), "--store", store, "--json")
+                         .expect("ok").json["id"] for _ in range(2))
+        before = bytes_of(world, store, second)
+        world.vmsnap("rm", "--store", store, first).expect("ok")
+        result = world.vmsnap("prune", "--store", store, env={"VMSNAP_KILL_AT": point})
+        assert result.code == -signal.SIGKILL, f"never got to {point}: {result}"
+        assert ids(world, store) == [second]
+        world.vmsnap("verify", "--store", store).expect("ok")
+        assert bytes_of(world, store, second) == before
+        assert_nothing_is_left(world, store)
+        assert bytes_of(world, store, second) == before
+
+
+def test_import_killed_beside_a_prune(world, victim):
+    """Both at once, again and again, the import killed at any moment."""
+    image = world.path("process.img")
+    world.vmsnap("snapshot", *target(victim), "--output", image).expect("ok")
+    store = world.path("store")
+    kept = world.vmsnap("snapshot", *target(victim), "--store", store, "--json").expect("ok").json["id"]
+    killed = 0
+    for attempt in range(12):
+        importing = world.start_vmsnap("import", "--store", store, image)
+        pruning = world.start_vmsnap("prune", "--store", store, "--lock-wait", "1m")
+        time.sleep(0.02 * attempt)
+        importing.signal(signal.SIGKILL)
+        killed += importing.wait().code == -signal.SIGKILL
+        pruning.wait().expect("ok")
+        assert kept in ids(world, store)
+        world.vmsnap("verify", "--store", store).expect("ok")
+    assert killed >= 3, "the imports were too quick to be killed"
+    assert_nothing_is_left(world, store)
 
 
 def test_kill_a_repair(world, victim):

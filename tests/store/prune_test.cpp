@@ -1,5 +1,6 @@
 #include "formats/store/prune.h"
 
+#include "formats/store/store_verify.h"
 #include "tests/store/test_store.h"
 
 namespace vmsnap {
@@ -106,6 +107,79 @@ TEST_F(Pruning, IsOneAtATime) {
       StoreLock::maintain(store->paths(), std::chrono::milliseconds(0)).value();
   EXPECT_EQ(prune(*open(), {}).error().code(), ErrorCode::locked);
 }
+
+// Nights of which each changes a little; the first ones go. What is left of
+// their packs moves.
+class Repacking : public Pruning, public ::testing::WithParamInterface<bool> {
+ protected:
+  void SetUp() override {
+    if (GetParam()) seal_store();
+  }
+
+  // `pages` of 400, of which every fourth is kept by the second night.
+  void two_nights() {
+    const auto store = open();
+    first_ = texts(0, 400);
+    second_ = texts(5000, 400);
+    for (size_t i = 0; i < second_.size(); i += 4) second_[i] = first_[i];
+    const std::vector<uint64_t> working_set = {5, 7};
+    ids_ = {write(*store, first_).id, write(*store, second_, {}, 1'732'140'800'000, working_set).id};
+    other_ = write(*store, texts(9000, 10), {.vm = "x", .domain = "other"}).id;
+    ASSERT_TRUE(remove_snapshot(*store, ids_[0]));
+  }
+
+  std::vector<PageBytes> first_, second_;
+  std::vector<std::string> ids_;
+  std::string other_;
+};
+
+TEST_P(Repacking, FreesWhatIsNotNeededOfAPack) {
+  two_nights();
+  EXPECT_EQ(run().repacked.manifests, 1u);
+  run();
+  const auto store = open();
+  EXPECT_EQ(files_in(store->paths().condemned()), 0u);
+  EXPECT_EQ(files_in(store->paths().temporary()), 0u);
+  expect_pages(*store, ids_[1], second_);
+  expect_pages(*store, other_, texts(9000, 10));
+  EXPECT_EQ((*store->open_snapshot(ids_[1]))->working_set().value(), (std::vector<uint64_t>{5, 7}));
+  const auto verified = verify_store(*store, {});
+  ASSERT_TRUE(verified) << verified.error().message();
+  EXPECT_TRUE(verified->ok());
+  // And what was moved is found again by its content.
+  const Written again = write(*store, second_, {.vm = "new"});
+  EXPECT_EQ(again.counts.stored, 0u);
+}
+
+TEST_P(Repacking, IsSaidAndDoneOnce) {
+  two_nights();
+  uint64_t repacked = 0;
+  for (int i = 0; i < 3; ++i) repacked += run().repacked.packs;
+  EXPECT_EQ(repacked, 1u);
+  PruneOptions options;
+  options.dry_run = true;
+  EXPECT_EQ(run(options).repacked.packs, 0u);
+}
+
+TEST_P(Repacking, LeavesAloneWhatItIsToldTo) {
+  two_nights();
+  PruneOptions never;
+  never.repack_below = 0;
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(run(never).repacked.packs, 0u);
+  PruneOptions dry;
+  dry.dry_run = true;
+  const PruneReport report = run(dry);
+  EXPECT_EQ(report.repacked.packs, 1u);
+  EXPECT_LT(report.repacked.needed_bytes, report.repacked.bytes / 2);
+  // A VM is being restored from it.
+  const auto store = open();
+  const auto reader = store->open_snapshot(ids_[1]).value();
+  EXPECT_EQ(run().repacked.packs, 0u);
+  expect_pages(*store, ids_[1], second_);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, Repacking, ::testing::Bool(),
+                         [](const auto& sealed) { return sealed.param ? "sealed" : "plain"; });
 
 }  // namespace
 }  // namespace vmsnap

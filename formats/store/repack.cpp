@@ -1,0 +1,260 @@
+#include "formats/store/repack.h"
+
+#include <algorithm>
+#include <array>
+#include <filesystem>
+#include <unordered_map>
+
+#include "formats/append_file.h"
+#include "formats/file.h"
+#include "formats/image_tail.h"
+#include "formats/interrupt.h"
+#include "formats/log.h"
+#include "formats/page_array.h"
+#include "formats/page_codec.h"
+#include "formats/page_entry.h"
+#include "formats/sealed_file.h"
+#include "formats/store/content_index.h"
+#include "formats/store/manifest.h"
+#include "formats/store/pack_sink.h"
+#include "formats/store/sparse_packs.h"
+#include "formats/test_point.h"
+
+namespace vmsnap {
+
+namespace {
+
+// The snapshots of one domain, which share no pack with those of others.
+class DomainRepack {
+ public:
+  DomainRepack(const Store& store, std::string domain, std::map<layout::ImageId, SparsePack> packs,
+               uint64_t pack_bytes)
+      : store_(store), domain_(std::move(domain)), old_(std::move(packs)),
+        new_(store.paths(), store.master()), sink_(store.paths(), new_, pack_bytes, store.master()) {}
+
+  Status run(RepackReport& report);
+
+ private:
+  // One manifest that refers to what is moved.
+  struct Manifest {
+    std::string path;
+    AtomicFile file;  // its successor
+  };
+  // Where a page was: its pack, and its entry without the pack's number.
+  using Moved = std::map<layout::ImageId, std::unordered_map<uint64_t, uint64_t>>;
+
+  Status move_frames(const std::string& path);
+  Status add(uint64_t old_key, std::unordered_map<uint64_t, uint64_t>& moved,
+             std::span<const std::byte, page_size> page);
+  Status flush();
+  Status rewrite(const std::string& path);
+  Status publish(RepackReport& report);
+  void add_to_index() const;
+
+  const Store& store_;
+  const std::string domain_;
+  const std::map<layout::ImageId, SparsePack> old_;
+  PackSet new_;
+  PackSink sink_;
+  Moved moved_;
+
+  // Frames on their way to the sink, and what waits for their place.
+  static constexpr size_t batch_pages = 64;
+  FrameEncoder encoder_;
+  std::vector<std::byte> frames_ = std::vector<std::byte>(
+      batch_pages * layout::align_up(layout::max_frame_bytes(1), layout::frame_alignment));
+  size_t used_ = 0;
+  struct Waiting {
+    uint64_t* entry = nullptr;
+    size_t start = 0;
+    uint64_t hash = 0;
+  };
+  std::vector<Waiting> waiting_;
+
+  std::vector<Manifest> manifests_;
+};
+
+// An entry without the number of its pack.
+uint64_t key_of(PageEntry entry) {
+  entry.pack = 0;
+  return entry.pack_bits();
+}
+
+Status DomainRepack::add(uint64_t old_key, std::unordered_map<uint64_t, uint64_t>& moved,
+                         std::span<const std::byte, page_size> page) {
+  const auto [place, is_new] = moved.try_emplace(old_key, 0);
+  if (!is_new) return {};
+  waiting_.push_back({&place->second, used_, store_.page_hash(page)});
+  used_ += encoder_.encode(page, sink_.sealed(), std::span(frames_).subspan(used_));
+  return waiting_.size() < batch_pages ? Status() : flush();
+}
+
+Status DomainRepack::flush() {
+  if (waiting_.empty()) return {};
+  const FramePlace place = VMSNAP_TRY(sink_.reserve(used_));
+  std::vector<FrameNote> notes;
+  for (const Waiting& frame : waiting_) {
+    const PageEntry entry = {.pack = place.pack, .offset = place.offset + frame.start};
+    encoder_.finish(std::span(frames_).subspan(frame.start), {entry.offset, place.seed, place.key});
+    notes.push_back({frame.hash, entry.offset});
+    *frame.entry = entry.pack_bits();
+  }
+  VMSNAP_CHECK(sink_.write(place, std::span(frames_).first(used_), notes));
+  waiting_.clear();
+  used_ = 0;
+  return check_interrupted();
+}
+
+// In the order of the pages of one snapshot after another: neighbours stay near.
+Status DomainRepack::move_frames(const std::string& path) {
+  const ImageFile manifest = VMSNAP_TRY(store_.open_manifest(path));
+  const std::vector<layout::PackRow> rows = VMSNAP_TRY(manifest.read_packs());
+  PackSet files(store_.paths(), store_.master());
+  files.add_rows(rows);
+  return visit_entries(manifest, [&](uint64_t, uint64_t bits) -> Status {
+    const PageEntry entry = PageEntry::from_bits(bits);
+    if (entry.pack == 0 || entry.pack > rows.size() || !old_.contains(rows[entry.pack - 1].id)) return {};
+    auto& moved = moved_[rows[entry.pack - 1].id];
+    if (moved.contains(key_of(entry))) return {};
+    std::array<std::byte, page_size> page;
+    VMSNAP_CHECK(read_stored_page(files, bits, page));
+    return add(key_of(entry), moved, page);
+  });
+}
+
+Status DomainRepack::rewrite(const std::string& path) {
+  const ImageFile manifest = VMSNAP_TRY(store_.open_manifest(path));
+  const std::vector<layout::PackRow> rows = VMSNAP_TRY(manifest.read_packs());
+  const bool concerned = std::ranges::any_of(rows, [&](const layout::PackRow& row) {
+    return row.referenced > 0 && old_.contains(row.id);
+  });
+  if (!concerned) return {};
+
+  // Its packs that stay and those that it needs of the new ones, numbered anew.
+  std::vector<layout::PackRow> successors;
+  std::vector<uint64_t> of_old(rows.size() + 1, 0), of_new(new_.size() + 1, 0);
+  const auto number_of = [&](uint64_t& number, const layout::PackRow& row) {
+    if (number == 0) {
+      successors.push_back(row);
+      successors.back().referenced = 0;
+      number = successors.size();
+    }
+    ++successors[number - 1].referenced;
+    return number;
+  };
+  PageArray pages = VMSNAP_TRY(PageArray::create(manifest.trailer().page_count));
+  VMSNAP_CHECK(visit_entries(manifest, [&](uint64_t page, uint64_t bits) -> Status {
+    PageEntry entry = PageEntry::from_bits(bits);
+    if (entry.pack == 0 || entry.pack > rows.size()) {
+      return fail(ErrorCode::damaged, "{} refers to a pack that it does not list", path);
+    }
+    const layout::PackRow& row = rows[entry.pack - 1];
+    if (old_.contains(row.id)) {
+      entry = PageEntry::from_bits(moved_.at(row.id).at(key_of(entry)));
+      entry.pack = number_of(of_new[entry.pack], new_.row(entry.pack));
+    } else {
+      entry.pack = number_of(of_old[entry.pack], row);
+    }
+    pages.set(page, entry.pack_bits());
+    return {};
+  }));
+  if (successors.size() > layout::max_pack_number) return {};  // stays as it is
+
+  AtomicFile file = VMSNAP_TRY(AtomicFile::create_in(store_.paths().temporary(), path, /*replace=*/true));
+  std::unique_ptr<ByteSink> out;
+  if (store_.master()) {
+    out = std::make_unique<SealedWriter>(file.fd(), file.path(), *store_.master());
+  } else {
+    out = std::make_unique<AppendFile>(file.fd(), file.path(), 0);
+  }
+  const layout::ImageId id = manifest.header().id;
+  VMSNAP_CHECK(append_empty_frames(*out, id));
+  const ImageTail tail = {.id = id,
+                          .pages = pages,
+                          .counts = {.duplicate = manifest.trailer().duplicate_pages,
+                                     .stored = manifest.trailer().stored_pages},
+                          .page_count = manifest.trailer().page_count,
+                          .frames_end = out->offset()};
+  const auto state = VMSNAP_TRY(manifest.read_section(layout::SectionType::device_state));
+  const auto working_set = VMSNAP_TRY(manifest.read_working_set());
+  const ImageSections sections = {.device_state = state,
+                                  .packs = std::as_bytes(std::span(successors)),
+                                  .working_set = working_set};
+  VMSNAP_TRY(write_tail(*out, tail, VMSNAP_TRY(manifest.read_info()), sections, path));
+  VMSNAP_CHECK(out->finish());
+  VMSNAP_CHECK(file.sync());
+  manifests_.push_back({path, std::move(file)});
+  return {};
+}
+
+Status DomainRepack::publish(RepackReport& report) {
+  const StoreLock lock = VMSNAP_TRY(StoreLock::commit(store_.paths()));
+  VMSNAP_CHECK(sink_.publish());
+  VMSNAP_CHECK(sync_directory_of(store_.paths().packs() + "/."));
+  VMSNAP_TEST_POINT("repack.packs_renamed");
+  for (Manifest& manifest : manifests_) {
+    // Removed meanwhile, or somebody began to restore it: it stays as it is, and
+    // so do its packs.
+    std::error_code error;
+    if (!std::filesystem::exists(manifest.path, error) || manifest_in_use(manifest.path)) continue;
+    VMSNAP_CHECK(manifest.file.publish());
+    VMSNAP_TEST_POINT("repack.manifest_renamed");
+    ++report.manifests;
+  }
+  return sync_directory_of(store_.paths().snapshots() + "/.");
+}
+
+// Without this, later snapshots find less.
+void DomainRepack::add_to_index() const {
+  const auto added = [&]() -> Status {
+    const StoreLock lock = VMSNAP_TRY(StoreLock::index(store_.paths()));
+    for (const PackSink::Finished& pack : sink_.finished()) {
+      VMSNAP_CHECK(
+          ContentIndex::add(store_.paths(), store_.index_name(domain_), pack.row.id, pack.frames));
+    }
+    return {};
+  }();
+  if (!added) log_warning("the index was not brought up to date: {}", added.error().message());
+}
+
+Status DomainRepack::run(RepackReport& report) {
+  std::vector<std::string> paths;
+  for (const std::string& id : VMSNAP_TRY(manifest_ids(store_.paths().snapshots()))) {
+    const std::string path = store_.paths().snapshot(id);
+    const auto manifest = store_.open_manifest(path);
+    if (!manifest && manifest.error().os_errno() == ENOENT) continue;
+    if (!manifest) return tl::unexpected(manifest.error());
+    if (VMSNAP_TRY(manifest->read_info()).domain == domain_) paths.push_back(path);
+  }
+  for (const std::string& path : paths) VMSNAP_CHECK(move_frames(path));
+  VMSNAP_CHECK(flush());
+  VMSNAP_TRY(sink_.close());
+  VMSNAP_TEST_POINT("repack.packs_synced");
+  for (const std::string& path : paths) {
+    VMSNAP_CHECK(rewrite(path));
+    VMSNAP_CHECK(check_interrupted());
+  }
+  VMSNAP_CHECK(publish(report));
+  add_to_index();
+  return {};
+}
+
+}  // namespace
+
+Result<RepackReport> repack(const Store& store, const RepackOptions& options) {
+  RepackReport report;
+  std::map<std::string, std::map<layout::ImageId, SparsePack>> domains;
+  for (auto& [id, pack] : VMSNAP_TRY(find_sparse_packs(store, options))) {
+    ++report.packs;
+    report.bytes += pack.bytes;
+    report.needed_bytes += pack.frames ? pack.bytes * pack.needed.size() / pack.frames : 0;
+    domains[pack.domain].emplace(id, std::move(pack));
+  }
+  if (options.dry_run) return report;
+  for (auto& [domain, packs] : domains) {
+    VMSNAP_CHECK(DomainRepack(store, domain, std::move(packs), options.pack_bytes).run(report));
+  }
+  return report;
+}
+
+}  // namespace vmsnap

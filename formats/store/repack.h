@@ -1,0 +1,44 @@
+// Making packs that are needed only in small part into new ones that are needed
+// as a whole, so that the space of the rest can be freed.
+//
+// What is needed of such a pack is copied into new packs, neighbours in RAM
+// next to each other; then the manifests that refer to it are written anew,
+// with the same ids and names, and put in place of the old ones under the
+// commit lock. The old packs are then dead like any others: prune takes them
+// away, and whoever reads them goes on reading (store_lock.h). A crash in
+// between leaves new packs that nobody needs, or old ones: the next prune takes
+// them.
+#pragma once
+
+#include <cstdint>
+#include <set>
+#include <string>
+
+#include "formats/error.h"
+#include "formats/store/store.h"
+
+namespace vmsnap {
+
+struct RepackOptions {
+  // A pack is repacked if less than this share of its frames is needed; 0: none.
+  double below = 0.5;
+  bool dry_run = false;
+  // Snapshots that are about to go; packs that they need are left alone, as
+  // those are that a snapshot in the trash, or one that is being restored, needs.
+  std::set<std::string> leaving;
+  uint64_t max_packs = 256;     // at a time: bounds memory, 16 bytes a frame that is moved
+  uint64_t pack_bytes = 64 << 20;  // of new packs
+};
+
+struct RepackReport {
+  uint64_t packs = 0;         // mostly not needed
+  uint64_t needed_bytes = 0;  // of them, about
+  uint64_t bytes = 0;         // all of them
+  uint64_t manifests = 0;     // written anew
+};
+
+// The caller holds StoreLock::maintain. Blocks on the disk; ends with
+// ErrorCode::interrupted, and nothing changed, if a signal asks so.
+Result<RepackReport> repack(const Store& store, const RepackOptions& options);
+
+}  // namespace vmsnap
