@@ -9,6 +9,7 @@
 #include "formats/checked_block.h"
 #include "formats/checksum.h"
 #include "formats/damage.h"
+#include "formats/digest.h"
 #include "formats/metadata.h"
 
 namespace vmsnap {
@@ -32,6 +33,7 @@ uint64_t max_raw_length(layout::SectionType type) {
     case layout::SectionType::metadata: return layout::max_metadata;
     case layout::SectionType::packs: return layout::max_packs_section;
     case layout::SectionType::working_set: return layout::max_working_set;
+    case layout::SectionType::digest: return sizeof(Digest);
     default: return layout::max_device_state;
   }
 }
@@ -43,13 +45,14 @@ std::string_view section_name(uint32_t type) {
     case layout::SectionType::metadata: return "metadata";
     case layout::SectionType::packs: return "packs";
     case layout::SectionType::working_set: return "working set";
+    case layout::SectionType::digest: return "digest";
     case layout::SectionType::none: break;
   }
   return "unknown";
 }
 
 bool known(uint32_t type) {
-  return type != 0 && type <= static_cast<uint32_t>(layout::SectionType::working_set);
+  return type != 0 && type <= static_cast<uint32_t>(layout::SectionType::digest);
 }
 
 }  // namespace

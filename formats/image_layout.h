@@ -111,6 +111,7 @@ enum class SectionType : uint32_t {
   metadata = 2,
   packs = 3,        // the files that page entries refer to: a snapshot in a store
   working_set = 4,  // pages in the order in which the guest first wrote them
+  digest = 5,       // BLAKE2b-256 of all from frames_end on to this section
 };
 
 inline constexpr uint16_t section_must_understand = 1;  // flag; the other bits must be zero

@@ -8,6 +8,7 @@
 
 #include "formats/checked_block.h"
 #include "formats/checksum.h"
+#include "formats/digest.h"
 #include "formats/image_file.h"
 #include "formats/metadata.h"
 #include "formats/page_codec.h"
@@ -36,8 +37,9 @@ Result<layout::Section> append_section(ByteSink& file, const ImageTail& tail,
   VMSNAP_CHECK(file.pad_to(layout::frame_alignment));
   const uint64_t offset = file.offset();
   VMSNAP_CHECK(file.append(stored));
-  // Without its working set, an image is still all there.
-  const bool needed = type != layout::SectionType::working_set;
+  // Without them an image is still all there.
+  const bool needed =
+      type != layout::SectionType::working_set && type != layout::SectionType::digest;
   return layout::Section{
       .type = static_cast<uint32_t>(type),
       .codec = compress ? layout::codec_zstd : layout::codec_raw,
@@ -47,6 +49,24 @@ Result<layout::Section> append_section(ByteSink& file, const ImageTail& tail,
       .raw_length = raw.size(),
       .checksum = checksum(stored, layout::seed_at(layout::image_seed(tail.id), offset))};
 }
+
+// Whatever is appended goes through, and into a digest.
+class DigestingSink : public ByteSink {
+ public:
+  explicit DigestingSink(ByteSink& file) : file_(file) {}
+
+  Status append(std::span<const std::byte> bytes) override {
+    digest_.add(bytes);
+    return file_.append(bytes);
+  }
+  uint64_t offset() const override { return file_.offset(); }
+  Status finish() override { return {}; }  // the caller's to do
+  Digest digest() { return digest_.finish(); }
+
+ private:
+  ByteSink& file_;
+  DigestStream digest_;
+};
 
 }  // namespace
 
@@ -95,7 +115,8 @@ Result<uint64_t> write_tail(ByteSink& file, const ImageTail& tail, const ImageIn
   trailer.stored_pages = tail.counts.stored;
   trailer.zero_pages = tail.page_count - trailer.duplicate_pages - trailer.stored_pages;
   trailer.frames_end = tail.frames_end;
-  trailer.root = VMSNAP_TRY(tail.pages.write_tree(file, layout::image_seed(tail.id)));
+  DigestingSink digested(file);
+  trailer.root = VMSNAP_TRY(tail.pages.write_tree(digested, layout::image_seed(tail.id)));
 
   const auto working_set = std::as_bytes(sections.working_set);
   const std::pair<layout::SectionType, std::span<const std::byte>> all[] = {
@@ -107,8 +128,12 @@ Result<uint64_t> write_tail(ByteSink& file, const ImageTail& tail, const ImageIn
   size_t slot = 0;
   for (const auto& [type, bytes] : all) {
     if (bytes.empty()) continue;
-    trailer.sections[slot++] = VMSNAP_TRY(append_section(file, tail, type, bytes, name));
+    trailer.sections[slot++] = VMSNAP_TRY(append_section(digested, tail, type, bytes, name));
   }
+  VMSNAP_CHECK(digested.pad_to(layout::frame_alignment));
+  const Digest digest = digested.digest();
+  trailer.sections[slot++] = VMSNAP_TRY(append_section(
+      file, tail, layout::SectionType::digest, std::as_bytes(std::span(digest)), name));
   VMSNAP_CHECK(file.pad_to(layout::block_size));
   trailer.file_length = file.offset() + sizeof trailer;
   trailer.checksum = block_checksum(trailer);

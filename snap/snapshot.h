@@ -44,6 +44,7 @@ struct SnapshotSummary {
   std::string id;
   std::string file;
   double pause_ms = 0, total_ms = 0, attach_ms = 0;
+  double copy_ms = 0;  // from the end of the pause until all is copied and compressed
   uint64_t total_pages = 0, zero_pages = 0, duplicate_pages = 0, stored_pages = 0;
   uint64_t image_bytes = 0;  // of a store: that it grew by
   uint64_t early_writes = 0;  // let through before the pause

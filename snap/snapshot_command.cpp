@@ -70,6 +70,7 @@ nlohmann::json to_json(const SnapshotSummary& summary) {
       {"pause_ms", summary.pause_ms},
       {"total_ms", summary.total_ms},
       {"attach_ms", summary.attach_ms},
+      {"copy_ms", summary.copy_ms},
       {"pages",
        {{"total", summary.total_pages},
         {"zero", summary.zero_pages},

@@ -91,10 +91,12 @@ Status SnapshotJob::arm() {
 
 Result<SnapshotSummary> SnapshotJob::finish(nlohmann::json source,
                                             std::span<const std::byte> device_state) {
+  const auto copy_start = Clock::now();
   VMSNAP_CHECK(capture_->finish([this]() -> Status {
     progress_(SnapshotPhase::copying, &capture_->counters());
     return check_interrupted();
   }));
+  summary_.copy_ms = ms_since(copy_start);
   ksm_.reset();
 
   progress_(SnapshotPhase::committing, nullptr);

@@ -2,6 +2,7 @@
 #include <functional>
 #include <string_view>
 
+#include "formats/digest.h"
 #include "formats/image_layout.h"
 #include "formats/page_entry.h"
 #include "formats/verify.h"
@@ -310,6 +311,24 @@ TEST_F(DamageTest, EntriesThatPointNowhere) {
   }
 }
 
+// Every fast checksum is right again, and yet it is not what was written.
+TEST_F(DamageTest, TheDigestSeesWhatChecksumsDoNot) {
+  write_image(path_, {text_page(1), text_page(2)}, {2});
+  original_ = read_file(path_);
+  forge([&](ImageForge& image) {
+    auto t = image.get<layout::Trailer>(image.trailer_offset());
+    for (const layout::Section& section : t.sections) {
+      if (section.type == static_cast<uint32_t>(layout::SectionType::digest)) {
+        image.put(section.offset, static_cast<uint8_t>(image.get<uint8_t>(section.offset) ^ 1));
+      }
+    }
+  });
+  const auto report = verify_image(path_).value();
+  ASSERT_FALSE(report.ok());
+  EXPECT_NE(report.status().error().message().find("digest"), std::string::npos);
+  EXPECT_EQ(report.damaged_pages, 0u);
+}
+
 // The format allows 16 pages a frame, although nobody writes that yet.
 TEST_F(DamageTest, FramesOfSeveralPages) {
   std::vector<PageBytes> pages;
@@ -336,6 +355,13 @@ TEST_F(DamageTest, FramesOfSeveralPages) {
     }
     auto t = image.get<layout::Trailer>(image.trailer_offset());
     t.frames_end = end + sizeof header;
+    // Its digest is no longer right: this image has none.
+    for (layout::Section& section : t.sections) {
+      if (section.type == static_cast<uint32_t>(layout::SectionType::digest)) {
+        for (size_t i = 0; i < sizeof(Digest); ++i) image.put(section.offset + i, uint8_t{0});
+        section = {};
+      }
+    }
     image.put(image.trailer_offset(), t);
   });
 
