@@ -117,18 +117,13 @@ Status CaptureState::check_file(const CapturedPiece& piece, uint64_t first_unit,
     return {};
   }
   const uint64_t file_offset = piece.piece.file_offset + first_unit * page_size;
-  for (size_t at = 0; at < data.size();) {
-    if (!all_zero(data.subspan(at, page_size))) {
-      at += page_size;
-      continue;
-    }
-    size_t end = at + page_size;
-    while (end < data.size() && all_zero(data.subspan(end, page_size))) end += page_size;
-    const off_t hole = ::lseek(fd, static_cast<off_t>(file_offset + at), SEEK_HOLE);
-    if (hole < 0 || static_cast<uint64_t>(hole) < file_offset + end) {
+  for (size_t at = 0; at < data.size(); at += page_size) {
+    if (!all_zero(data.subspan(at, page_size))) continue;
+    // Not SEEK_HOLE, which would look through all that follows.
+    const auto offset = static_cast<off_t>(file_offset + at);
+    if (::lseek(fd, offset, SEEK_DATA) != offset) {
       return tl::unexpected(discarded(piece.units(first_unit, 1).start + at));
     }
-    at = end;
   }
   return {};
 }

@@ -3,7 +3,7 @@
 from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 52
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 76, 52
 COLOURS = ["#b5532a", "#1f6f8b", "#5a7d2a"]
 
 
