@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <filesystem>
 #include <unordered_map>
 
@@ -107,7 +108,10 @@ Status DomainRepack::flush() {
 
 // In the order of the pages of one snapshot after another: neighbours stay near.
 Status DomainRepack::move_frames(const std::string& path) {
-  const ImageFile manifest = VMSNAP_TRY(store_.open_manifest(path));
+  const auto opened = store_.open_manifest(path);
+  if (!opened && opened.error().os_errno() == ENOENT) return {};  // removed meanwhile
+  if (!opened) return tl::unexpected(opened.error());
+  const ImageFile& manifest = *opened;
   const std::vector<layout::PackRow> rows = VMSNAP_TRY(manifest.read_packs());
   PackSet files(store_.paths(), store_.master());
   files.add_rows(rows);
@@ -123,7 +127,10 @@ Status DomainRepack::move_frames(const std::string& path) {
 }
 
 Status DomainRepack::rewrite(const std::string& path) {
-  const ImageFile manifest = VMSNAP_TRY(store_.open_manifest(path));
+  const auto opened = store_.open_manifest(path);
+  if (!opened && opened.error().os_errno() == ENOENT) return {};
+  if (!opened) return tl::unexpected(opened.error());
+  const ImageFile& manifest = *opened;
   const std::vector<layout::PackRow> rows = VMSNAP_TRY(manifest.read_packs());
   const bool concerned = std::ranges::any_of(rows, [&](const layout::PackRow& row) {
     return row.referenced > 0 && old_.contains(row.id);
@@ -143,21 +150,27 @@ Status DomainRepack::rewrite(const std::string& path) {
     return number;
   };
   PageArray pages = VMSNAP_TRY(PageArray::create(manifest.trailer().page_count));
-  VMSNAP_CHECK(visit_entries(manifest, [&](uint64_t page, uint64_t bits) -> Status {
+  const Status renumbered = visit_entries(manifest, [&](uint64_t page, uint64_t bits) -> Status {
     PageEntry entry = PageEntry::from_bits(bits);
     if (entry.pack == 0 || entry.pack > rows.size()) {
       return fail(ErrorCode::damaged, "{} refers to a pack that it does not list", path);
     }
     const layout::PackRow& row = rows[entry.pack - 1];
     if (old_.contains(row.id)) {
-      entry = PageEntry::from_bits(moved_.at(row.id).at(key_of(entry)));
+      // Removed when frames were moved, and taken back since: it stays as it is.
+      const auto& moved = moved_[row.id];
+      const auto place = moved.find(key_of(entry));
+      if (place == moved.end()) return fail(ErrorCode::locked, "{} came back meanwhile", path);
+      entry = PageEntry::from_bits(place->second);
       entry.pack = number_of(of_new[entry.pack], new_.row(entry.pack));
     } else {
       entry.pack = number_of(of_old[entry.pack], row);
     }
     pages.set(page, entry.pack_bits());
     return {};
-  }));
+  });
+  if (!renumbered && renumbered.error().code() == ErrorCode::locked) return {};
+  VMSNAP_CHECK(renumbered);
   if (successors.size() > layout::max_pack_number) return {};  // stays as it is
 
   AtomicFile file = VMSNAP_TRY(AtomicFile::create_in(store_.paths().temporary(), path, /*replace=*/true));
