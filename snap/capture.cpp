@@ -155,8 +155,7 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
 // What had to be split is made huge again, so that the guest is as quick as
 // before. Where the kernel will not, khugepaged may, some day.
 void Capture::mend_huge_pages() {
-  std::set<RemotePtr> starts;
-  for (const auto& [piece, unit] : faults_->split()) starts.insert(piece->units(unit, 1).start);
+  const std::set<RemotePtr> starts = state_->split_huge_pages();
   uint64_t mended = 0;
   for (const RemotePtr start : starts) {
     mended += state_->process.collapse({start, huge_page_bytes}) ? 1 : 0;

@@ -41,6 +41,16 @@ CapturedPiece* CaptureState::find(RemotePtr address) const {
   return nullptr;
 }
 
+void CaptureState::note_split(RemotePtr huge_page) {
+  std::lock_guard lock(split_mutex_);
+  split_.insert(huge_page);
+}
+
+std::set<RemotePtr> CaptureState::split_huge_pages() const {
+  std::lock_guard lock(split_mutex_);
+  return split_;
+}
+
 void CaptureState::fail(Error error) {
   {
     std::lock_guard lock(error_mutex_);

@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <span>
 #include <vector>
 
@@ -115,6 +116,10 @@ class CaptureState {
   // The piece that holds an address of the process; null for none.
   CapturedPiece* find(RemotePtr address) const;
 
+  // Huge pages of which a part was freed alone, by their start.
+  void note_split(RemotePtr huge_page);
+  std::set<RemotePtr> split_huge_pages() const;
+
   // Keeps the first error, and makes every thread of the capture stop.
   void fail(Error error);
   bool failed() const { return failed_.load(std::memory_order_acquire); }
@@ -135,6 +140,9 @@ class CaptureState {
  private:
   Status check_file(const CapturedPiece& piece, uint64_t first_unit,
                     std::span<const std::byte> data) const;
+
+  mutable std::mutex split_mutex_;
+  std::set<RemotePtr> split_;
 
   mutable std::mutex error_mutex_;
   std::optional<Error> error_;

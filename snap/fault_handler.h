@@ -6,7 +6,6 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
-#include <utility>
 #include <vector>
 
 #include "formats/file.h"
@@ -31,16 +30,13 @@ class FaultHandler {
   void run();
   void request_stop();
 
-  // After run(): one unit of each huge page that was split.
-  const std::vector<std::pair<CapturedPiece*, uint64_t>>& split() const { return split_; }
-
  private:
   Result<size_t> answer_events();
   Status handle(const UffdEvent& event);
   Status let_through(CapturedPiece& piece, uint64_t unit);
   Status handle_write(CapturedPiece& piece, uint64_t unit);
   Status handle_missing(CapturedPiece& piece, uint64_t unit);
-  CapturedPiece::Window around(CapturedPiece& piece, uint64_t unit);
+  CapturedPiece::Window around(const CapturedPiece& piece, uint64_t unit);
   Status copy_pages(CapturedPiece& piece, uint64_t unit);
   Status copy_large_unit(CapturedPiece& piece, uint64_t unit);
   Result<Chunk*> chunk_with_room(size_t pages);
@@ -64,9 +60,8 @@ class FaultHandler {
   Fd stop_;  // eventfd
   std::atomic<bool> stopping_ = false;
   Chunk* chunk_ = nullptr;        // being filled
-  bool at_instant_ = false;  // the instant has been, as of the last events
+  bool at_instant_ = false;       // the instant has been, as of the last events
   Ahead early_, ahead_;
-  std::vector<std::pair<CapturedPiece*, uint64_t>> split_;
   std::vector<std::byte> zeros_;  // one hugetlb page, made when first needed
 };
 

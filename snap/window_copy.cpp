@@ -26,8 +26,8 @@ std::vector<Run> claim_runs(UnitStates& states, uint64_t first, uint64_t end) {
 }
 
 // Frees the copied runs of one window. In one call where nobody else is at
-// work in it, because that leaves a huge page whole.
-Status release_runs(CaptureState& state, CapturedPiece& piece, uint64_t first, uint64_t end,
+// work in it, because that leaves a huge page whole; says whether it was.
+Result<bool> release_runs(CaptureState& state, CapturedPiece& piece, uint64_t first, uint64_t end,
                     const std::vector<Run>& runs) {
   uint64_t ours = 0, others = 0;
   for (const Run& run : runs) ours += run.count;
@@ -35,7 +35,8 @@ Status release_runs(CaptureState& state, CapturedPiece& piece, uint64_t first, u
     const UnitState now = piece.states.get(unit);
     others += now == UnitState::claimed || now == UnitState::armed;
   }
-  if (others == ours) {
+  const bool at_once = others == ours;
+  if (at_once) {
     VMSNAP_CHECK(state.release(piece, first, end - first));
   } else {
     for (const Run& run : runs) VMSNAP_CHECK(state.release(piece, run.first, run.count));
@@ -45,7 +46,7 @@ Status release_runs(CaptureState& state, CapturedPiece& piece, uint64_t first, u
       piece.states.set(unit, UnitState::done);
     }
   }
-  return {};
+  return at_once;
 }
 
 }  // namespace
@@ -61,7 +62,11 @@ Status copy_window(CaptureState& state, CapturedPiece& piece, uint64_t first, ui
     VMSNAP_CHECK(state.check(piece, run.first, run.count, to));
     pages += run.count;
   }
-  VMSNAP_CHECK(release_runs(state, piece, first, end, runs));
+  const bool at_once = VMSNAP_TRY(release_runs(state, piece, first, end, runs));
+  const CapturedPiece::Window window = piece.window(first);
+  if (piece.is_huge(first) && (!at_once || first != window.first || end != window.end)) {
+    state.note_split(piece.units(window.first, 1).start);
+  }
   state.counters.copied_pages += pages;
   return {};
 }
