@@ -55,7 +55,8 @@ Result<std::vector<Condemned>> list_condemned(const StorePaths& paths) {
     const size_t dot = name.find('.');
     if (dot == std::string::npos) continue;  // not one of ours
     const auto parsed = std::from_chars(name.data(), name.data() + dot, pack.epoch);
-    if (parsed.ec != std::errc() || parsed.ptr != name.data() + dot ||
+    constexpr uint64_t largest = 1 << 30;  // there are no so many prunes
+    if (parsed.ec != std::errc() || parsed.ptr != name.data() + dot || pack.epoch > largest ||
         !parse_id(name.substr(dot + 1), pack.id)) {
       continue;
     }
@@ -209,11 +210,13 @@ Status Pruner::condemn_dead_packs() {
   }
   // Also for those of a prune that did not get as far as this.
   const auto condemned = VMSNAP_TRY(list_condemned(paths_));
-  if (std::ranges::none_of(condemned, [&](const Condemned& c) { return c.epoch >= epoch; })) return {};
+  uint64_t last = 0;
+  for (const Condemned& pack : condemned) last = std::max(last, pack.epoch);
+  if (condemned.empty() || last < epoch) return {};
   VMSNAP_CHECK(sync_directory_of(paths_.condemned() + "/."));
   VMSNAP_CHECK(sync_directory_of(paths_.packs() + "/."));
   // Whoever begins from now on cannot have seen them.
-  VMSNAP_CHECK(end_epoch(paths_, epoch));
+  VMSNAP_CHECK(end_epoch(paths_, last));
   VMSNAP_TEST_POINT("prune.epoch_ended");
   return {};
 }

@@ -39,7 +39,10 @@ Result<uint64_t> read_epoch(const Fd& fd, const StorePaths& paths) {
   uint64_t epoch = 0;
   const ssize_t got = ::pread(fd.get(), &epoch, sizeof epoch, 0);
   if (got < 0) return fail_errno(errno, "cannot read {}", paths.lock());
-  if (got != 0 && (got != sizeof epoch || epoch > max_epoch)) {
+  // Short: new, or the power went while the first epoch ended, and with it
+  // everybody who was in one.
+  if (got != sizeof epoch) return 0;
+  if (epoch > max_epoch) {
     return tl::unexpected(Error(ErrorCode::damaged, paths.lock() + " is damaged")
                               .with_remedy("Remove it when nothing uses the store: it is made anew."));
   }
