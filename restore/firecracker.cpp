@@ -7,11 +7,11 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <optional>
 
 #include "formats/interrupt.h"
+#include "snap/vmm/uffd.h"
 
 namespace vmsnap {
 
@@ -175,13 +175,6 @@ Status wait_readable(int socket, std::chrono::steady_clock::time_point deadline)
     // Short, because a signal may be taken by another thread.
     if (::poll(&readable, 1, static_cast<int>(std::min<int64_t>(left.count(), 200))) > 0) return {};
   }
-}
-
-bool is_userfaultfd(const Fd& fd) {
-  std::error_code failed;
-  const auto target =
-      std::filesystem::read_symlink(fmt::format("/proc/self/fd/{}", fd.get()), failed);
-  return !failed && target.string() == "anon_inode:[userfaultfd]";
 }
 
 }  // namespace

@@ -272,8 +272,13 @@ Status Rewriter::silence_audio(QemuOption& option) {
 
 Status Rewriter::note_device(QemuOption& option) {
   // A serial port given as a device stands in for the default one.
-  const OptionValue device = OptionValue::parse(option.value.value_or(""), "driver");
+  OptionValue device = OptionValue::parse(option.value.value_or(""), "driver");
   if (device.get("driver") == "isa-serial") default_serial_ = false;
+  if (device.get("driver") == "vmgenid") {
+    // That is what it is for: the guest learns that this is another run.
+    device.set("guid", "auto");
+    option.value = device.text();
+  }
   return {};
 }
 

@@ -22,6 +22,7 @@
 //   no -serial, no -nodefaults        -serial file:DIR/serial0.log
 //   -display -vnc -spice -sdl ...     -display none (-nographic stays)
 //   -audiodev spice, dbus             none
+//   -device vmgenid                   guid=auto: a new generation
 //   -chardev socket, udp, pty         a listening socket DIR/ID.sock
 //   -chardev file, pipe, stdio        DIR/ID.log
 //   -chardev null, ringbuf, vc ...    stay; every other kind becomes null

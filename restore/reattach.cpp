@@ -2,8 +2,6 @@
 
 #include <unistd.h>
 
-#include <filesystem>
-
 #include "formats/interrupt.h"
 #include "restore/launch.h"
 #include "restore/launch_rules.h"
@@ -14,38 +12,12 @@ namespace vmsnap {
 
 namespace {
 
-// The process of the record, if it is still that one.
-Result<Process> find_process(const RestoreRecord& record) {
-  auto process = record.pid > 0 ? Process::open(record.pid)
-                                : Result<Process>(fail(ErrorCode::vm, "it was never started"));
-  if (process && process->start_time() == record.start_time) return process;
-  return fail(ErrorCode::vm, "the VM (process {}) has ended; its memory went with it", record.pid);
-}
-
 Error start_again(const RestoreRecord& record, const RunDir& dir) {
   return Error(ErrorCode::vm, fmt::format("the restore in {} was cut short before its guest ran; "
                                           "its QEMU is ended",
                                           dir.path()))
       .with_remedy(fmt::format("Start again: vmsnap restore {} --run-dir {}",
                                shell_quoted(record.image), shell_quoted(dir.path())));
-}
-
-bool is_userfaultfd(const Fd& fd) {
-  std::error_code failed;
-  const auto target =
-      std::filesystem::read_symlink(fmt::format("/proc/self/fd/{}", fd.get()), failed);
-  return !failed && target.string() == "anon_inode:[userfaultfd]";
-}
-
-Status check_ranges(const RestoreRecord& record, const ImageReader& image) {
-  for (const ServedRange& range : record.ranges) {
-    if (range.first_page > image.page_count() ||
-        range.page_count() > image.page_count() - range.first_page) {
-      return fail(ErrorCode::damaged, "restore.json: range '{}' is not within the image",
-                  range.name);
-    }
-  }
-  return {};
 }
 
 // A predecessor may have died between "loaded" and `cont`.
@@ -67,6 +39,11 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
   const auto started = std::chrono::steady_clock::now();
   RunDir dir = VMSNAP_TRY(RunDir::open(options.run_dir));
   RestoreRecord record = VMSNAP_TRY(dir.read());
+  if (record.clone) {
+    return tl::unexpected(
+        Error(ErrorCode::usage, fmt::format("{} is the directory of one clone", dir.path()))
+            .with_remedy("Give --reattach the farm's directory, the one above."));
+  }
   auto process = find_process(record);
   if (record.phase < RestorePhase::loaded) {
     if (process) kill_and_wait(*process);
@@ -86,7 +63,7 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
                 "{} is not the image that this VM was restored from ({}, not {})", record.image,
                 image->info().id, record.image_id);
   }
-  VMSNAP_CHECK(check_ranges(record, *image));
+  VMSNAP_CHECK(check_ranges(record, image->page_count()));
   if (record.uffd < 0) return fail(ErrorCode::damaged, "restore.json names no userfaultfd");
   auto uffd = process->take_descriptor(record.uffd);
   if (!uffd || !is_userfaultfd(*uffd)) {

@@ -2,6 +2,10 @@
 
 #include <memory>
 
+#include "formats/size.h"
+#include "restore/farm/clone_start.h"
+#include "restore/farm/clones_command.h"
+#include "restore/farm/farm_dir.h"
 #include "restore/reattach.h"
 #include "restore/restore_vm.h"
 #include "restore/serve.h"
@@ -14,6 +18,8 @@ struct RestoreArguments {
   RestoreOptions options;
   std::vector<std::string> replacements;
   std::string reattach;
+  std::string memory;
+  unsigned clones = 0;
   bool dry_run = false;
 };
 
@@ -23,6 +29,9 @@ Status run_restore(RestoreArguments& arguments, CommandContext& context) {
     if (!options.image.name.empty() || !options.extra.empty()) {
       return fail(ErrorCode::usage, "--reattach takes the image and the VM from its directory");
     }
+    if (FarmDir::open(arguments.reattach)) {
+      return reattach_farm(arguments.reattach, options.image.store.key, options.json, context);
+    }
     return reattach_vm({arguments.reattach, options.detach, options.json, options.image.store.key}, context);
   }
   if (options.image.name.empty()) {
@@ -31,6 +40,11 @@ Status run_restore(RestoreArguments& arguments, CommandContext& context) {
   }
   for (const std::string& text : arguments.replacements) {
     options.replacements.push_back(VMSNAP_TRY(parse_replacement(text)));
+  }
+  if (arguments.clones > 0 && !arguments.dry_run) {
+    CloneOptions clones{.vm = options, .count = arguments.clones};
+    if (!arguments.memory.empty()) clones.memory = VMSNAP_TRY(parse_size(arguments.memory));
+    return start_clones(clones, context);
   }
   return arguments.dry_run ? print_launch_line(options, context) : restore_vm(options, context);
 }
@@ -42,6 +56,13 @@ void add_restore(CLI::App& app, CommandContext& context) {
   add_image_argument(*command, arguments->options.image);
   command->add_option("--run-dir", arguments->options.run_dir,
                       "Directory for sockets, logs and restore.json (default: a new one)");
+  command->add_option("--clones", arguments->clones,
+                      "Start so many VMs that share the image's memory; {clone} in arguments is "
+                      "the number of each")
+      ->check(CLI::Range(1, 512));
+  command->add_option("--memory", arguments->memory,
+                      "With --clones: keep the shared pages under this size (512M, 2G); cold ones "
+                      "come back from the image");
   command->add_option("--reattach", arguments->reattach,
                       "Take over the VM of this run directory, whose page server died");
   command
@@ -68,9 +89,33 @@ void add_restore(CLI::App& app, CommandContext& context) {
       "  vmsnap restore vm.img --run-dir /run/copy --detach --json\n"
       "  vmsnap restore vm.img --replace /disks/vm.qcow2=/disks/copy.qcow2\n"
       "  vmsnap restore vm.img -- -netdev user,id=net0\n"
+      "  vmsnap restore vm.img --clones 30 --run-dir /run/farm --detach\n"
+      "  vmsnap restore vm.img --clones 2 --replace /d/vm.qcow2=/d/clone-{clone}.qcow2\n"
       "  vmsnap restore --reattach /run/copy");
   command->callback([arguments, &context] {
     context.run = [arguments, &context] { return run_restore(*arguments, context); };
+  });
+}
+
+void add_clones(CLI::App& app, CommandContext& context) {
+  auto options = std::make_shared<ClonesOptions>();
+  CLI::App* command =
+      app.add_subcommand("clones", "List, wait for or stop the clones of restore --clones");
+  command->add_option("--run-dir", options->run_dir, "The directory that they run in")->required();
+  CLI::Option* wait =
+      command->add_flag("--wait", options->wait, "Return when they have ended");
+  command->add_flag("--stop", options->stop, "End them; their logs stay")->excludes(wait);
+  command->add_flag("--remove", options->remove, "End them and delete their directories")
+      ->excludes(wait);
+  command->add_flag("--json", options->json, "Print one JSON object");
+  command->add_option("CLONE", options->names, "Numbers of clones; none: all");
+  command->footer(
+      "Examples:\n"
+      "  vmsnap clones --run-dir /run/farm\n"
+      "  vmsnap clones --run-dir /run/farm --stop 3 4\n"
+      "  vmsnap clones --run-dir /run/farm --wait");
+  command->callback([options, &context] {
+    context.run = [options, &context] { return run_clones(*options, context); };
   });
 }
 
@@ -94,6 +139,7 @@ void add_serve(CLI::App& app, CommandContext& context) {
 
 void add_restore_commands(CLI::App& app, CommandContext& context) {
   add_restore(app, context);
+  add_clones(app, context);
   add_serve(app, context);
 }
 

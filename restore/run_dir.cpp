@@ -10,8 +10,6 @@
 #include <cstdlib>
 #include <filesystem>
 
-#include "snap/vmm/process.h"
-
 namespace vmsnap {
 
 namespace fs = std::filesystem;
@@ -114,6 +112,7 @@ nlohmann::json to_json(const RestoreRecord& record) {
                          {"ranges", std::move(ranges)},
                          {"counters", record.counters}};
   if (record.uffd >= 0) json["uffd"] = record.uffd;
+  if (record.clone) json["clone"] = true;
   return json;
 }
 
@@ -140,6 +139,10 @@ Result<RestoreRecord> restore_record_from_json(const nlohmann::json& json) {
   const auto resume = json.find("resume");
   if (resume == json.end() || !resume->is_boolean()) return tl::unexpected(wrong("resume"));
   record.resume = resume->get<bool>();
+  if (const auto clone = json.find("clone"); clone != json.end()) {
+    if (!clone->is_boolean()) return tl::unexpected(wrong("clone"));
+    record.clone = clone->get<bool>();
+  }
   const auto ready = json.find("ready_ms");
   if (ready == json.end() || !ready->is_number()) return tl::unexpected(wrong("ready_ms"));
   record.ready_ms = ready->get<double>();
@@ -176,26 +179,30 @@ Result<RunDir> RunDir::open(const std::string& path) {
   return dir;
 }
 
-Result<RunDir> RunDir::create(const std::string& path) {
-  RunDir dir;
+Result<std::string> make_run_directory(const std::string& path, bool* made) {
+  bool unused;
+  if (!made) made = &unused;
+  *made = true;
   if (path.empty()) {
     std::string name = VMSNAP_TRY(default_parent()) + "/vmsnap-XXXXXX";
     if (!::mkdtemp(name.data())) return fail_errno(errno, "cannot make directory {}", name);
-    dir.path_ = name;
-    dir.made_ = true;
-  } else {
-    dir.made_ = ::mkdir(path.c_str(), 0700) == 0;
-    if (!dir.made_ && errno != EEXIST) return fail_errno(errno, "cannot make directory {}", path);
-    std::error_code failed;
-    dir.path_ = fs::canonical(path, failed).string();
-    if (failed) return fail_errno(failed.value(), "cannot open the run directory {}", path);
+    return name;
   }
+  *made = ::mkdir(path.c_str(), 0700) == 0;
+  if (!*made && errno != EEXIST) return fail_errno(errno, "cannot make directory {}", path);
+  std::error_code failed;
+  std::string absolute = fs::canonical(path, failed).string();
+  if (failed) return fail_errno(failed.value(), "cannot open the run directory {}", path);
+  return absolute;
+}
+
+Result<RunDir> RunDir::create(const std::string& path) {
+  RunDir dir;
+  dir.path_ = VMSNAP_TRY(make_run_directory(path, &dir.made_));
   VMSNAP_CHECK(dir.take_lock());
   if (fs::exists(dir.file("restore.json"))) {
     const RestoreRecord before = VMSNAP_TRY(dir.read());
-    const auto process =
-        before.pid > 0 ? Process::open(before.pid) : Result<Process>(fail(ErrorCode::vm, "none"));
-    if (process && process->start_time() == before.start_time) {
+    if (const auto process = find_process(before)) {
       return tl::unexpected(Error(ErrorCode::exists, fmt::format("{} still runs in {}",
                                                                  process->describe(), dir.path_))
                                 .with_remedy("Choose another --run-dir, or end that VM first."));
@@ -211,14 +218,31 @@ Status RunDir::write(const RestoreRecord& record) const {
   return write_small_file(file("restore.json"), text);
 }
 
-Result<RestoreRecord> RunDir::read() const {
-  const std::string name = file("restore.json");
+Result<RestoreRecord> read_restore_record(const std::string& run_dir) {
+  const std::string name = run_dir + "/restore.json";
   const std::string contents = VMSNAP_TRY(read_small_file(name, 4 << 20));
   auto record = restore_record_from_json(
       nlohmann::json::parse(contents, nullptr, /*allow_exceptions=*/false));
   if (record) return record;
   return tl::unexpected(
       std::move(record).error().with_context(name).with_remedy("Choose another --run-dir."));
+}
+
+Status check_ranges(const RestoreRecord& record, uint64_t image_pages) {
+  for (const ServedRange& range : record.ranges) {
+    if (range.first_page > image_pages || range.page_count() > image_pages - range.first_page) {
+      return fail(ErrorCode::damaged, "restore.json: range '{}' is not within the image",
+                  range.name);
+    }
+  }
+  return {};
+}
+
+Result<Process> find_process(const RestoreRecord& record) {
+  auto process = record.pid > 0 ? Process::open(record.pid)
+                                : Result<Process>(fail(ErrorCode::vm, "it was never started"));
+  if (process && process->start_time() == record.start_time) return process;
+  return fail(ErrorCode::vm, "the VM (process {}) has ended; its memory went with it", record.pid);
 }
 
 void RunDir::undo() {

@@ -21,6 +21,7 @@
 #include "formats/error.h"
 #include "formats/file.h"
 #include "restore/page_source.h"
+#include "snap/vmm/process.h"
 
 namespace vmsnap {
 
@@ -48,6 +49,7 @@ struct RestoreRecord {
   int uffd = -1;            // descriptor number in QEMU
   pid_t server_pid = 0;     // of the page server, for people
   bool resume = true;       // the VM is to run when it is loaded
+  bool clone = false;       // served by the farm in the directory above
   double ready_ms = 0;      // from the command to the running guest
   std::vector<ServedRange> ranges;
   nlohmann::json counters = nlohmann::json::object();  // for people
@@ -58,11 +60,21 @@ nlohmann::json to_json(const RestoreRecord& record);
 // aligned, not empty, without overflow and without overlap.
 Result<RestoreRecord> restore_record_from_json(const nlohmann::json& json);
 
+// Of the VM whose run directory that is. ErrorCode::damaged as above.
+Result<RestoreRecord> read_restore_record(const std::string& run_dir);
+// ErrorCode::damaged for a range that is not within an image of so many pages.
+Status check_ranges(const RestoreRecord& record, uint64_t image_pages);
+// The process of the record, if it is still that one; else ErrorCode::vm.
+Result<Process> find_process(const RestoreRecord& record);
+
+// Makes `path` (mode 0700) unless it is there; empty: a new directory under
+// /run/vmsnap, or $XDG_RUNTIME_DIR/vmsnap for others than root. Returns its
+// absolute path; `made` says whether it was made.
+Result<std::string> make_run_directory(const std::string& path, bool* made = nullptr);
+
 class RunDir {
  public:
-  // Makes `path` (mode 0700; empty: a new directory under /run/vmsnap, or
-  // $XDG_RUNTIME_DIR/vmsnap for others than root), or takes an existing one,
-  // and locks it. ErrorCode::exists when a VM that was restored there still
+  // make_run_directory(), and locks it. ErrorCode::exists when a VM that was restored there still
   // runs or a page server has it.
   static Result<RunDir> create(const std::string& path);
   // An existing one, for taking over. ErrorCode::exists when a page server has it.
@@ -73,7 +85,7 @@ class RunDir {
 
   // restore.json, replaced as a whole.
   Status write(const RestoreRecord& record) const;
-  Result<RestoreRecord> read() const;
+  Result<RestoreRecord> read() const { return read_restore_record(path_); }
 
   // Removes what create() and a failed restore made: the directory if it was
   // ours, else our files in it, but for the logs.

@@ -1,8 +1,5 @@
 #include "restore/served_vm.h"
 
-#include <fcntl.h>
-#include <signal.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -11,6 +8,7 @@
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
+#include "restore/background.h"
 #include "restore/progress.h"
 #include "snap/vmm/handover.h"
 
@@ -142,34 +140,13 @@ Status conclude(ServedVm& vm, const Result<ServeEnd>& end, const PageServerCount
                        "what is damaged."));
 }
 
-// The child's side of going into the background: no terminal, its own log.
-void become_background(const RunDir& dir) {
-  ::setsid();
-  // SIGTERM ends it like any process: the guest waits, --reattach goes on.
-  for (const int number : {SIGINT, SIGHUP}) ::signal(number, SIG_IGN);
-  ::signal(SIGTERM, SIG_DFL);
-  const int null = ::open("/dev/null", O_RDWR | O_CLOEXEC);
-  const int log = ::open(dir.file("vmsnap.log").c_str(),
-                         O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
-  ::dup2(null, 0);
-  ::dup2(null, 1);
-  ::dup2(log >= 0 ? log : null, 2);
-  set_log_sink([](LogLevel level, std::string_view line) {
-    if (level == LogLevel::debug) return;
-    timespec now = {};
-    ::clock_gettime(CLOCK_REALTIME, &now);
-    const std::string text = fmt::format("{}.{:03} {}\n", now.tv_sec, now.tv_nsec / 1000000, line);
-    [[maybe_unused]] const ssize_t put = ::write(2, text.data(), text.size());
-  });
-}
-
 // Goes on serving in a child; returns its number, here in the parent. The
 // guest's faults wait for the millisecond in between.
 Result<pid_t> serve_in_background(ServedVm& vm) {
   const pid_t child = ::fork();
   if (child < 0) return fail_errno(errno, "cannot start a background process");
   if (child > 0) return child;
-  become_background(vm.dir);
+  become_background(vm.dir.file("vmsnap.log"));
   vm.record.server_pid = ::getpid();
   Status written = vm.dir.write(vm.record);
   if (!written) log_warning("{}", written.error().message());

@@ -9,6 +9,7 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 
 namespace vmsnap {
 
@@ -227,6 +228,13 @@ Status Uffd::wake(RemoteRange range) const {
   uffdio_range request = raw(range);
   if (::ioctl(fd(), UFFDIO_WAKE, &request) == 0) return {};
   return tl::unexpected(ioctl_error("UFFDIO_WAKE", range, errno));
+}
+
+bool is_userfaultfd(const Fd& fd) {
+  std::error_code failed;
+  const auto target =
+      std::filesystem::read_symlink(fmt::format("/proc/self/fd/{}", fd.get()), failed);
+  return !failed && target.string() == "anon_inode:[userfaultfd]";
 }
 
 }  // namespace vmsnap

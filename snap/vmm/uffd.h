@@ -108,6 +108,9 @@ class Uffd {
   Fd fd_;
 };
 
+// Whether a descriptor that somebody gave us is a userfaultfd at all.
+bool is_userfaultfd(const Fd& fd);
+
 // Feature bits, with those that Debian 12's kernel header does not know.
 namespace uffd_feature {
 inline constexpr uint64_t pagefault_flag_wp = 1 << 0;

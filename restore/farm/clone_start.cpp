@@ -1,0 +1,329 @@
+#include "restore/farm/clone_start.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <thread>
+
+#include "formats/elapsed.h"
+#include "formats/interrupt.h"
+#include "formats/log.h"
+#include "restore/farm/farm_keeper.h"
+#include "restore/farm/farm_link.h"
+#include "restore/guest_ram.h"
+#include "snap/vmm/handover.h"
+#include "snap/vmm/memory_overlay.h"
+#include "snap/vmm/ram_blocks.h"
+
+namespace vmsnap {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// What a starting process tells of its clone, through a pipe.
+struct Started {
+  std::string name;
+  pid_t launcher = 0;
+  Fd report;
+  nlohmann::json json;  // "error", or "pid", "qmp", "ready_ms"
+};
+
+Status take_shared_memory(ServedVm& vm, Qmp& qmp, const std::string& farm_socket,
+                          const std::string& name) {
+  const Fd farm = VMSNAP_TRY(connect_for_messages(farm_socket));
+  const LinkMessage memory = VMSNAP_TRY(ask(farm.get(), {{"do", "memory"}}));
+  if (memory.descriptors.size() != 1) return fail(ErrorCode::io, "the farm gave no memory");
+  const std::vector<MemoryBlock> blocks = VMSNAP_TRY(
+      match_blocks(vm.image->info().regions, VMSNAP_TRY(read_ram_blocks(qmp, vm.process))));
+  HandedUffd handed =
+      VMSNAP_TRY(bring_out_uffd(vm.process, &qmp, VMSNAP_TRY(wanted_features()), KeepInVmm::yes));
+  vm.uffd = std::move(handed.uffd);
+  vm.record.uffd = handed.remote_fd;
+  vm.record.clone = true;
+  std::vector<Overlay> overlays;
+  for (const MemoryBlock& block : blocks) {
+    overlays.push_back({block.range, block.first_page * page_size});
+    vm.record.ranges.push_back({block.range, block.first_page, page_size, block.name});
+  }
+  VMSNAP_CHECK(overlay_memory(vm.process, qmp, memory.descriptors[0].get(), overlays, [&]() -> Status {
+    for (const Overlay& overlay : overlays) {
+      const auto outcome = VMSNAP_TRY(vm.uffd.register_range(overlay.range, {.missing = true}));
+      if (outcome != RegisterOutcome::done) {
+        return fail(ErrorCode::refused, "{}: shared memory cannot be watched", vm.process.describe());
+      }
+    }
+    return {};
+  }));
+  VMSNAP_TRY(PageMarks::create(vm.dir.file("pages"), vm.image->page_count()));
+  vm.record.phase = RestorePhase::registered;
+  VMSNAP_CHECK(vm.dir.write(vm.record));
+  VMSNAP_TRY(ask(farm.get(), {{"do", "join"}, {"clone", name}}));
+  return {};
+}
+
+// In a process of its own: one clone, to the running guest.
+nlohmann::json start_one(RestoreOptions options, const FarmDir& farm, const std::string& name,
+                         std::unique_ptr<ImageReader> image, Clock::time_point started) {
+  options.run_dir = farm.file(name);
+  for (Replacement& replacement : options.replacements) {
+    replacement.to = with_clone_number(replacement.to, name);
+  }
+  for (std::string& argument : options.extra) argument = with_clone_number(argument, name);
+  VmStart start(options, std::move(image), started);
+  const Status ran = start.run(
+      [&](ServedVm& vm, Qmp& qmp) { return take_shared_memory(vm, qmp, farm.socket(), name); },
+      [] {});
+  if (!ran) {
+    return {{"error", ran.error().message()}, {"remedy", ran.error().remedy()}};
+  }
+  const RestoreRecord& record = start.vm().record;
+  return {{"pid", record.pid},
+          {"qmp", record.qmp},
+          {"run_dir", options.run_dir},
+          {"ready_ms", record.ready_ms}};
+}
+
+class CloneStarter {
+ public:
+  CloneStarter(const CloneOptions& options, CommandContext& context)
+      : options_(options), context_(context) {}
+
+  Status run();
+
+ private:
+  Status prepare();
+  Status join_or_make_farm();
+  Status launch(const std::string& name);
+  Status collect(size_t at_most);
+  void print() const;
+  Status wait_for_the_end() const;
+
+  const CloneOptions& options_;
+  CommandContext& context_;
+  const Clock::time_point started_ = Clock::now();
+  std::unique_ptr<ImageReader> image_;
+  std::unique_ptr<FarmDir> farm_;
+  Fd connection_;  // keeps the farm while nothing runs yet
+  std::vector<Started> started_clones_;
+};
+
+Status CloneStarter::prepare() {
+  image_ = VMSNAP_TRY(open_image(options_.vm.image));
+  const LaunchRequest request = VMSNAP_TRY(launch_request(options_.vm, *image_));
+  const auto& arguments = request.record.arguments;
+  if (std::none_of(arguments.begin(), arguments.end(),
+                   [](const std::string& word) { return word.starts_with("vmgenid"); })) {
+    log_info("the VM has no vmgenid device: nothing tells its guest that it was cloned "
+             "(CLONES in vmsnap(1))");
+  }
+  return {};
+}
+
+Status CloneStarter::join_or_make_farm() {
+  farm_ = std::make_unique<FarmDir>(VMSNAP_TRY(FarmDir::make(options_.vm.run_dir)));
+  if (auto joined = connect_for_messages(farm_->socket())) {
+    connection_ = *std::move(joined);
+    const LinkMessage about = VMSNAP_TRY(ask(connection_.get(), {{"do", "about"}}));
+    if (about.json.value("image_id", "") == image_->info().id) return {};
+    return tl::unexpected(
+        Error(ErrorCode::exists, fmt::format("the clones in {} are of another image", farm_->path()))
+            .with_remedy("Choose another --run-dir."));
+  }
+  FarmSetup setup = {*farm_, VMSNAP_TRY(farm_->lock()), {}, nullptr,
+                     VMSNAP_TRY(SharedMemory::create(image_->page_count()))};
+  for (const std::string& name : farm_->clones()) {
+    const auto record = read_restore_record(farm_->file(name));
+    if (!record || !find_process(*record)) continue;
+    return tl::unexpected(
+        Error(ErrorCode::exists, fmt::format("clone {} lives in {}, but its page server is dead",
+                                             name, farm_->path()))
+            .with_remedy(fmt::format("First: vmsnap restore --reattach {}", farm_->path())));
+  }
+  setup.record.image = std::filesystem::absolute(image_->path()).string();
+  setup.record.image_id = image_->info().id;
+  setup.record.prefetch = options_.prefetch;
+  setup.record.memory = options_.memory;
+  VMSNAP_CHECK(farm_->write(setup.record));
+  setup.image = VMSNAP_TRY(open_image(options_.vm.image));  // the keeper's own
+  connection_ = VMSNAP_TRY(start_keeper(std::move(setup), {}));
+  return {};
+}
+
+Status CloneStarter::launch(const std::string& name) {
+  int ends[2];
+  if (::pipe2(ends, O_CLOEXEC) < 0) return fail_errno(errno, "cannot make a pipe");
+  Started clone;
+  clone.name = name;
+  clone.report = Fd(ends[0]);
+  const Fd report(ends[1]);
+  clone.launcher = ::fork();
+  if (clone.launcher < 0) return fail_errno(errno, "cannot start a process");
+  if (clone.launcher == 0) {
+    const nlohmann::json said = start_one(options_.vm, *farm_, name, std::move(image_), started_);
+    const std::string text = said.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+    (void)write_all(report.get(), std::as_bytes(std::span(text)), "a pipe");
+    ::_exit(0);
+  }
+  started_clones_.push_back(std::move(clone));
+  return {};
+}
+
+// Waits until at most so many are still being started.
+Status CloneStarter::collect(size_t at_most) {
+  for (;;) {
+    std::vector<pollfd> waits;
+    for (const Started& clone : started_clones_) {
+      if (clone.report) waits.push_back({clone.report.get(), POLLIN, 0});
+    }
+    if (waits.size() <= at_most) return {};
+    if (::poll(waits.data(), waits.size(), 1000) < 0 && errno != EINTR) {
+      return fail_errno(errno, "cannot wait for a process");
+    }
+    for (Started& clone : started_clones_) {
+      pollfd readable = {clone.report.get(), POLLIN, 0};
+      if (!clone.report || ::poll(&readable, 1, 0) < 1) continue;
+      std::string text(8192, '\0');
+      const ssize_t got = ::read(clone.report.get(), text.data(), text.size());
+      text.resize(got > 0 ? static_cast<size_t>(got) : 0);
+      clone.json = nlohmann::json::parse(text, nullptr, false);
+      if (!clone.json.is_object()) clone.json = {{"error", "the process that started it was killed"}};
+      clone.report.reset();
+      ::waitpid(clone.launcher, nullptr, 0);
+    }
+  }
+}
+
+void CloneStarter::print() const {
+  nlohmann::json clones = nlohmann::json::array();
+  double last = 0;
+  size_t run = 0;
+  for (const Started& clone : started_clones_) {
+    nlohmann::json entry = clone.json;
+    entry["clone"] = clone.name;
+    clones.push_back(std::move(entry));
+    if (clone.json.contains("error")) continue;
+    ++run;
+    last = std::max(last, clone.json.value("ready_ms", 0.0));
+  }
+  if (options_.vm.json) {
+    const nlohmann::json summary = {{"id", image_->info().id},
+                                    {"run_dir", farm_->path()},
+                                    {"ready_ms", last},
+                                    {"clones", std::move(clones)}};
+    context_.out << summary.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+  } else {
+    context_.out << fmt::format("{} clones of {} in {}, the last after {:.1f} ms\n", run,
+                                image_->path(), farm_->path(), last);
+    for (const Started& clone : started_clones_) {
+      if (clone.json.contains("error")) continue;
+      context_.out << fmt::format("  {:>4}  process {}, {:.1f} ms, monitor {}\n", clone.name,
+                                  clone.json.value("pid", 0), clone.json.value("ready_ms", 0.0),
+                                  clone.json.value("qmp", ""));
+    }
+  }
+  context_.out.flush();
+}
+
+Status CloneStarter::wait_for_the_end() const {
+  // The keeper removes its socket when the last clone has gone.
+  while (!interrupted()) {
+    if (!connect_for_messages(farm_->socket())) return {};
+    for (int i = 0; i < 10 && !interrupted(); ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    }
+  }
+  return fail(ErrorCode::interrupted,
+              "interrupted; the clones run on: vmsnap clones --run-dir {} lists and stops them",
+              shell_quoted(farm_->path()));
+}
+
+Status CloneStarter::run() {
+  VMSNAP_CHECK(prepare());
+  VMSNAP_CHECK(join_or_make_farm());
+  const size_t at_once = 2 * std::max(1U, std::thread::hardware_concurrency());
+  Status launched;
+  for (unsigned i = 0; i < options_.count && launched && !interrupted(); ++i) {
+    launched = collect(at_once - 1);
+    if (launched) launched = launch(VMSNAP_TRY(farm_->new_clone()));
+  }
+  VMSNAP_CHECK(collect(0));
+  VMSNAP_CHECK(launched);
+  size_t failed = 0;
+  for (const Started& clone : started_clones_) {
+    if (!clone.json.contains("error")) continue;
+    ++failed;
+    log_line(LogLevel::error, fmt::format("clone {} could not be started: {}", clone.name,
+                                          clone.json.value("error", "")));
+    const std::string remedy = clone.json.value("remedy", "");
+    if (!remedy.empty()) log_line(LogLevel::error, "  " + remedy);
+  }
+  connection_.reset();
+  if (failed == started_clones_.size()) {
+    return fail(ErrorCode::vm, "none of the {} clones could be started", failed);
+  }
+  print();
+  if (failed > 0) {
+    return fail(ErrorCode::some_failed, "{} of {} clones could not be started", failed,
+                started_clones_.size());
+  }
+  VMSNAP_CHECK(check_interrupted());
+  return options_.vm.detach ? Status() : wait_for_the_end();
+}
+
+}  // namespace
+
+std::string with_clone_number(std::string text, const std::string& number) {
+  constexpr std::string_view place = "{clone}";
+  for (size_t at = 0; (at = text.find(place, at)) != std::string::npos; at += number.size()) {
+    text.replace(at, place.size(), number);
+  }
+  return text;
+}
+
+Status start_clones(const CloneOptions& options, CommandContext& context) {
+  install_interrupt_handlers();
+  return CloneStarter(options, context).run();
+}
+
+Status reattach_farm(const std::string& run_dir, const KeySource& key, bool json,
+                     CommandContext& context) {
+  install_interrupt_handlers();
+  FarmDir farm = VMSNAP_TRY(FarmDir::open(run_dir));
+  Fd lock = VMSNAP_TRY(farm.lock());
+  FarmRecord record = VMSNAP_TRY(farm.read());
+  auto image = VMSNAP_TRY(open_image({record.image, {.directory = {}, .key = key}, {}}));
+  if (image->info().id != record.image_id) {
+    return fail(ErrorCode::damaged, "{} is not the image that the clones are of ({}, not {})",
+                record.image, image->info().id, record.image_id);
+  }
+  std::vector<std::string> living;
+  Result<SharedMemory> memory =
+      fail(ErrorCode::vm, "no clone lives in {}; there is nothing to take over", farm.path());
+  for (const std::string& name : farm.clones()) {
+    const auto clone = read_restore_record(farm.file(name));
+    if (!clone || clone->phase < RestorePhase::registered) continue;
+    const auto process = find_process(*clone);
+    if (!process) continue;
+    if (clone->phase < RestorePhase::loaded) {
+      kill_and_wait(*process);  // it never was complete, and its starter is dead
+      continue;
+    }
+    living.push_back(name);
+    if (!memory) memory = SharedMemory::of_clone(*process, image->page_count());
+  }
+  if (!memory) return tl::unexpected(std::move(memory).error());
+  (void)VMSNAP_TRY(start_keeper({farm, std::move(lock), record, std::move(image), *std::move(memory)}, living));
+  if (json) {
+    context.out << nlohmann::json({{"run_dir", farm.path()}, {"clones", living}}).dump(2) << "\n";
+  } else {
+    context.out << fmt::format("{} clones in {} are served again\n", living.size(), farm.path());
+  }
+  return {};
+}
+
+}  // namespace vmsnap

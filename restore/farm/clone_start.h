@@ -1,0 +1,41 @@
+// `vmsnap restore --clones N`: starts VMs from one image that share its memory.
+//
+// A keeper (farm_keeper.h) is started, or the one of the directory joined.
+// Each clone is started by a process of its own, several at a time, in its own
+// run directory DIR/NUMBER: a fresh QEMU waits (vm_start.h), the shared memory
+// is laid over its RAM (memory_overlay.h), and the keeper is told to serve it
+// before the device state is loaded. "{clone}" in the arguments is its number.
+//
+// A clone that cannot be started harms no other.
+#pragma once
+
+#include <cstdint>
+
+#include "formats/command.h"
+#include "restore/vm_start.h"
+
+namespace vmsnap {
+
+struct CloneOptions {
+  RestoreOptions vm;  // for each; its run_dir is the farm's
+  unsigned count = 1;
+  bool prefetch = true;
+  uint64_t memory = 0;  // limit of the shared pages, bytes; 0: none
+};
+
+// With `detach` returns when the guests run, else when the last clone has
+// ended. ErrorCode::some_failed when some could not be started,
+// ErrorCode::exists when the directory's farm is of another image,
+// ErrorCode::interrupted after a signal: the clones run on. Must be called while
+// the process has one thread.
+Status start_clones(const CloneOptions& options, CommandContext& context);
+
+// A new keeper for a farm whose page server died. ErrorCode::vm when no clone
+// lives any more.
+Status reattach_farm(const std::string& run_dir, const KeySource& key, bool json,
+                     CommandContext& context);
+
+// "{clone}" in a text becomes the number.
+std::string with_clone_number(std::string text, const std::string& number);
+
+}  // namespace vmsnap

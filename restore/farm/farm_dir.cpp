@@ -1,0 +1,126 @@
+#include "restore/farm/farm_dir.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <filesystem>
+
+namespace vmsnap {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+// A clone's number; 0: not a clone's directory.
+uint64_t clone_number(const std::string& name) {
+  uint64_t number = 0;
+  const auto [end, failed] = std::from_chars(name.data(), name.data() + name.size(), number);
+  if (failed != std::errc() || end != name.data() + name.size() || name[0] == '0') return 0;
+  return number;
+}
+
+Result<FarmRecord> farm_record_from_json(const nlohmann::json& json) {
+  const auto wrong = [](const char* field) {
+    return fail(ErrorCode::damaged, "its \"{}\" is missing or wrong", field);
+  };
+  if (!json.is_object()) return fail(ErrorCode::damaged, "it is not a JSON object");
+  FarmRecord record;
+  const auto has = [&](const char* field) { return json.contains(field) ? &json[field] : nullptr; };
+  const auto* version = has("version");
+  if (!version || !version->is_number_unsigned()) return wrong("version");
+  if (*version != 1) return fail(ErrorCode::unsupported, "it was written by a newer vmsnap");
+  const auto *image = has("image"), *id = has("image_id"), *prefetch = has("prefetch"),
+             *memory = has("memory"), *keeper = has("keeper_pid");
+  if (!image || !image->is_string()) return wrong("image");
+  if (!id || !id->is_string()) return wrong("image_id");
+  if (!prefetch || !prefetch->is_boolean()) return wrong("prefetch");
+  if (!memory || !memory->is_number_unsigned()) return wrong("memory");
+  if (!keeper || !keeper->is_number_unsigned() || *keeper > (1U << 22)) return wrong("keeper_pid");
+  record.image = image->get<std::string>();
+  record.image_id = id->get<std::string>();
+  record.prefetch = prefetch->get<bool>();
+  record.memory = memory->get<uint64_t>();
+  record.keeper_pid = keeper->get<pid_t>();
+  return record;
+}
+
+}  // namespace
+
+Result<FarmDir> FarmDir::make(const std::string& path) {
+  FarmDir dir;
+  dir.path_ = VMSNAP_TRY(make_run_directory(path));
+  return dir;
+}
+
+Result<FarmDir> FarmDir::open(const std::string& path) {
+  FarmDir dir;
+  std::error_code failed;
+  dir.path_ = fs::canonical(path, failed).string();
+  if (failed) return fail_errno(failed.value(), "cannot open the run directory {}", path);
+  if (!fs::exists(dir.file("farm.json"))) {
+    return tl::unexpected(
+        Error(ErrorCode::usage, fmt::format("{} is no run directory of clones", dir.path_))
+            .with_remedy("Give the --run-dir that vmsnap restore --clones printed."));
+  }
+  return dir;
+}
+
+Result<Fd> FarmDir::lock() const {
+  Fd fd = VMSNAP_TRY(open_file(file("lock"), O_RDWR | O_CREAT | O_NOFOLLOW));
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  if (::fcntl(fd.get(), F_OFD_SETLK, &lock) == 0) return fd;
+  if (errno != EAGAIN && errno != EACCES) return fail_errno(errno, "cannot lock {}", file("lock"));
+  return tl::unexpected(
+      Error(ErrorCode::exists, fmt::format("a page server is at work in {}", path_))
+          .with_remedy("Choose another --run-dir; there is nothing to take over."));
+}
+
+Status FarmDir::write(const FarmRecord& record) const {
+  const nlohmann::json json = {{"version", 1},
+                               {"image", record.image},
+                               {"image_id", record.image_id},
+                               {"prefetch", record.prefetch},
+                               {"memory", record.memory},
+                               {"keeper_pid", static_cast<uint64_t>(record.keeper_pid)}};
+  return write_small_file(file("farm.json"),
+                          json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+}
+
+Result<FarmRecord> FarmDir::read() const {
+  const std::string name = file("farm.json");
+  const std::string contents = VMSNAP_TRY(read_small_file(name, 1 << 20));
+  auto record = farm_record_from_json(nlohmann::json::parse(contents, nullptr, false));
+  if (record) return record;
+  return tl::unexpected(
+      std::move(record).error().with_context(name).with_remedy("Choose another --run-dir."));
+}
+
+std::vector<std::string> FarmDir::clones() const {
+  std::vector<std::string> names;
+  std::error_code failed;
+  for (const auto& entry : fs::directory_iterator(path_, failed)) {
+    std::string name = entry.path().filename().string();
+    if (clone_number(name) > 0) names.push_back(std::move(name));
+  }
+  std::sort(names.begin(), names.end(), [](const std::string& a, const std::string& b) {
+    return clone_number(a) < clone_number(b);
+  });
+  return names;
+}
+
+Result<std::string> FarmDir::new_clone() const {
+  const std::vector<std::string> there = clones();
+  uint64_t number = there.empty() ? 1 : clone_number(there.back()) + 1;
+  for (;; ++number) {  // somebody else may start clones, too
+    const std::string name = std::to_string(number);
+    if (::mkdir(file(name).c_str(), 0700) == 0) return name;
+    if (errno != EEXIST) return fail_errno(errno, "cannot make directory {}", file(name));
+  }
+}
+
+}  // namespace vmsnap

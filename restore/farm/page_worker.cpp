@@ -1,0 +1,105 @@
+#include "restore/farm/page_worker.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "formats/log.h"
+#include "restore/farm/farm_link.h"
+#include "restore/farm/farm_server.h"
+
+namespace vmsnap {
+
+namespace {
+
+class PageWorker {
+ public:
+  explicit PageWorker(const PageWorkerSetup& setup) : setup_(setup) {}
+
+  Status run(std::vector<KeptClone> clones, int link);
+
+ private:
+  Status add(const std::string& name, Uffd uffd, Fd pidfd, std::vector<ServedRange> ranges);
+  Status answer(int link, LinkMessage request);
+
+  const PageWorkerSetup& setup_;
+  std::unique_ptr<PageCache> cache_;
+  std::unique_ptr<FarmServer> server_;
+};
+
+Status PageWorker::add(const std::string& name, Uffd uffd, Fd pidfd,
+                       std::vector<ServedRange> ranges) {
+  // poll(2) on a blocking userfaultfd only ever says POLLERR.
+  const int flags = ::fcntl(uffd.fd(), F_GETFL);
+  if (flags < 0 || ::fcntl(uffd.fd(), F_SETFL, flags | O_NONBLOCK) < 0) {
+    return fail_errno(errno, "cannot make the userfaultfd non-blocking");
+  }
+  PageMarks marks = VMSNAP_TRY(
+      PageMarks::open(setup_.run_dir + "/" + name + "/pages", setup_.image.page_count()));
+  return server_->add({name, std::move(uffd), std::move(pidfd), std::move(marks), std::move(ranges)});
+}
+
+Status PageWorker::answer(int link, LinkMessage request) {
+  if (request.json["do"] == "status") return send_message(link, server_->status());
+  // "add": the keeper made it, and checked what it says.
+  std::vector<ServedRange> ranges;
+  for (const nlohmann::json& range : request.json["ranges"]) {
+    ranges.push_back({{RemotePtr(range["host"].get<uint64_t>()), range["length"].get<uint64_t>()},
+                      range["first_page"].get<uint64_t>(),
+                      page_size,
+                      range["name"].get<std::string>()});
+  }
+  const Status added =
+      request.descriptors.size() == 2
+          ? add(request.json["name"].get<std::string>(), Uffd::adopt(std::move(request.descriptors[0])),
+                std::move(request.descriptors[1]), std::move(ranges))
+          : fail(ErrorCode::io, "descriptors are missing");
+  if (!added) return send_message(link, {{"error", added.error().message()}});
+  return send_message(link, nlohmann::json::object());
+}
+
+Status PageWorker::run(std::vector<KeptClone> clones, int link) {
+  cache_ = VMSNAP_TRY(PageCache::attach(setup_.memory, setup_.record.memory / page_size));
+  server_ = std::make_unique<FarmServer>(setup_.image, *cache_,
+                                         FarmServerOptions{.prefetch = setup_.record.prefetch});
+  VMSNAP_CHECK(server_->start());
+  for (KeptClone& clone : clones) {
+    Fd pidfd(::fcntl(clone.process.pidfd(), F_DUPFD_CLOEXEC, 0));
+    const Status added =
+        add(clone.name, std::move(clone.uffd), std::move(pidfd), std::move(clone.ranges));
+    if (!added) log_line(LogLevel::error, added.error().message());
+  }
+  for (;;) {
+    auto request = VMSNAP_TRY(receive_message(link, std::chrono::milliseconds(-1)));
+    if (!request) return {};
+    VMSNAP_CHECK(answer(link, std::move(*request)));
+  }
+}
+
+}  // namespace
+
+int run_page_worker(const PageWorkerSetup& setup, std::vector<KeptClone> clones, int link) {
+  ::prctl(PR_SET_NAME, "vmsnap-pages");
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  PageWorker worker(setup);
+  const Status done = worker.run(std::move(clones), link);
+  if (done) return 0;
+  log_line(LogLevel::error, done.error().message());
+  return 1;
+}
+
+Status tell_page_worker(int link, const KeptClone& clone) {
+  nlohmann::json ranges = nlohmann::json::array();
+  for (const ServedRange& range : clone.ranges) {
+    ranges.push_back({{"host", range.range.start.address()},
+                      {"length", range.range.length},
+                      {"first_page", range.first_page},
+                      {"name", range.name}});
+  }
+  VMSNAP_TRY(ask(link, {{"do", "add"}, {"name", clone.name}, {"ranges", std::move(ranges)}},
+                 {clone.uffd.fd(), clone.process.pidfd()}));
+  return {};
+}
+
+}  // namespace vmsnap

@@ -1,0 +1,87 @@
+#include "restore/farm/shared_memory.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <sstream>
+
+#include "formats/image_reader.h"
+#include "snap/vmm/memory_map.h"
+
+namespace vmsnap {
+
+namespace {
+
+constexpr const char* memory_name = "vmsnap-clones";
+
+bool is_shared_memory(std::string_view path) {
+  return path.starts_with("/memfd:vmsnap-clones");
+}
+
+}  // namespace
+
+Result<SharedMemory> SharedMemory::create(uint64_t pages) {
+  Fd fd(::memfd_create(memory_name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!fd) return fail_errno(errno, "cannot make a file in memory");
+  // Nobody opens it anew for writing but root; nobody changes its size.
+  if (::ftruncate(fd.get(), static_cast<off_t>(pages * page_size)) < 0 ||
+      ::fchmod(fd.get(), 0400) < 0 ||
+      ::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0) {
+    return fail_errno(errno, "cannot prepare a file in memory of {} bytes", pages * page_size);
+  }
+  return SharedMemory(std::move(fd), pages);
+}
+
+Result<SharedMemory> SharedMemory::of_clone(const Process& clone, uint64_t pages) {
+  for (const Mapping& mapping : VMSNAP_TRY(read_memory_map_quick(clone))) {
+    if (!is_shared_memory(mapping.path)) continue;
+    Fd fd = VMSNAP_TRY(open_mapped_file(clone, mapping, O_RDWR));
+    struct stat about = {};
+    if (::fstat(fd.get(), &about) < 0) return fail_errno(errno, "cannot look at shared memory");
+    if (static_cast<uint64_t>(about.st_size) != pages * page_size) {
+      return fail(ErrorCode::damaged, "the shared memory of {} has {} bytes, the image {}",
+                  clone.describe(), about.st_size, pages * page_size);
+    }
+    return SharedMemory(std::move(fd), pages);
+  }
+  return fail(ErrorCode::damaged, "{} has no memory that clones share", clone.describe());
+}
+
+Result<Fd> SharedMemory::open_for_clone() const {
+  return open_file(fmt::format("/proc/self/fd/{}", fd_.get()), O_RDONLY);
+}
+
+Result<CloneMemory> clone_memory(const Process& clone) {
+  const std::string text =
+      VMSNAP_TRY(read_small_file(fmt::format("/proc/{}/smaps", clone.pid()), 64 << 20));
+  CloneMemory sum;
+  std::istringstream lines(text);
+  bool ours = false;
+  for (std::string line; std::getline(lines, line);) {
+    const size_t colon = line.find(':');
+    const std::string_view key = std::string_view(line).substr(0, colon);
+    // The first line of a mapping begins with its address, in small letters.
+    if (key.find('-') != std::string_view::npos && !(key[0] >= 'A' && key[0] <= 'Z')) {
+      ours = line.find(" /memfd:vmsnap-clones") != std::string::npos;
+      continue;
+    }
+    if (!ours || colon == std::string::npos) continue;
+    const size_t digit = line.find_first_of("0123456789", colon);
+    uint64_t kib = 0;
+    if (digit != std::string::npos) {
+      std::from_chars(line.data() + digit, line.data() + line.size(), kib);
+    }
+    if (key == "Size") sum.mapped += kib << 10;
+    if (key == "Rss") sum.shared += kib << 10;
+    if (key == "Pss") sum.proportional += kib << 10;
+    if (key == "Anonymous") sum.own += kib << 10;
+  }
+  sum.shared -= std::min(sum.shared, sum.own);
+  return sum;
+}
+
+}  // namespace vmsnap
