@@ -34,13 +34,14 @@ Status restore_vm(const RestoreOptions& options, CommandContext& context) {
   const auto started = std::chrono::steady_clock::now();
   VmStart start(options, VMSNAP_TRY(open_image(options.image)), started);
   std::unique_ptr<Serving> serving;
-  VMSNAP_CHECK(start.run(
-      [&](ServedVm& vm, Qmp& qmp) -> Status {
-        VMSNAP_CHECK(take_memory(vm, qmp));
-        serving = Serving::start(vm);
-        return {};
-      },
-      [&] { serving.reset(); }));
+  VmStartHooks hooks;
+  hooks.take_memory = [&](ServedVm& vm, Qmp& qmp) -> Status {
+    VMSNAP_CHECK(take_memory(vm, qmp));
+    serving = Serving::start(vm);
+    return {};
+  };
+  hooks.let_go = [&] { serving.reset(); };
+  VMSNAP_CHECK(start.run(hooks));
   return serve_to_end(start.vm(), std::move(serving), {options.detach, options.json, started},
                       context);
 }

@@ -105,7 +105,7 @@ Status VmStart::start_guest(Qmp& qmp) {
   return {};
 }
 
-Status VmStart::until_running(const TakeMemory& take_memory) {
+Status VmStart::until_running(const VmStartHooks& hooks) {
   VMSNAP_CHECK(vm_->dir.write(vm_->record));
   VMSNAP_TEST_POINT("restore.start");
   const std::vector<std::byte> state = VMSNAP_TRY(vm_->image->device_state());
@@ -118,22 +118,23 @@ Status VmStart::until_running(const TakeMemory& take_memory) {
   VMSNAP_TEST_POINT("restore.launched");
 
   Qmp qmp = VMSNAP_TRY(connect_when_ready(vm_->record.qmp, vm_->process));
-  VMSNAP_CHECK(take_memory(*vm_, qmp));
+  VMSNAP_CHECK(hooks.take_memory(*vm_, qmp));
   VMSNAP_CHECK(enter(RestorePhase::registered));
   VMSNAP_TEST_POINT("restore.registered");
   VMSNAP_CHECK(enter(RestorePhase::loading));
   VMSNAP_CHECK(load_device_state(qmp, state));
+  VMSNAP_CHECK(hooks.may_run());
   VMSNAP_CHECK(check_interrupted());
   return start_guest(qmp);
 }
 
-Status VmStart::run(const TakeMemory& take_memory, const std::function<void()>& let_go) {
+Status VmStart::run(const VmStartHooks& hooks) {
   VMSNAP_CHECK(prepare());
-  const Status ran = until_running(take_memory);
+  const Status ran = until_running(hooks);
   if (!ran) {
     Error error = qemu_ ? qemu_->explain(ran.error()) : ran.error();
     if (qemu_) kill_and_wait(qemu_->process());
-    let_go();
+    hooks.let_go();
     qemu_.reset();
     vm_->dir.undo();
     return tl::unexpected(std::move(error));

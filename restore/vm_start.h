@@ -47,6 +47,15 @@ Result<LaunchRequest> launch_request(const RestoreOptions& options, const ImageR
 // that is given.
 using TakeMemory = std::function<Status(ServedVm& vm, Qmp& qmp)>;
 
+// What the caller has a say in.
+struct VmStartHooks {
+  TakeMemory take_memory;
+  // After an error: must end whoever serves the VM, before that goes.
+  std::function<void()> let_go = [] {};
+  // Everything is loaded; blocks until the guest may run. An error ends the VM.
+  std::function<Status()> may_run = []() -> Status { return {}; };
+};
+
 class VmStart {
  public:
   // `options` must outlive this. `image` is taken over.
@@ -55,17 +64,16 @@ class VmStart {
   ~VmStart();
 
   // ErrorCode::vm when QEMU cannot be started or does not take the state; the
-  // errors of `take_memory`. After an error, before the VM's memory goes with
-  // it, `let_go` is called: it must end whoever serves it. Must be called while
-  // the process has one thread (it forks).
-  Status run(const TakeMemory& take_memory, const std::function<void()>& let_go);
+  // errors of the hooks. Must be called while the process has one thread (it
+  // forks).
+  Status run(const VmStartHooks& hooks);
 
   // After a run() without error.
   ServedVm& vm() { return *vm_; }
 
  private:
   Status prepare();
-  Status until_running(const TakeMemory& take_memory);
+  Status until_running(const VmStartHooks& hooks);
   Status start_guest(Qmp& qmp);
   Status enter(RestorePhase phase);
 

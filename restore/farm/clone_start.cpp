@@ -30,6 +30,7 @@ struct Started {
   std::string name;
   pid_t launcher = 0;
   Fd report;
+  bool loaded = false;
   nlohmann::json json;  // "error", or "pid", "qmp", "ready_ms"
 };
 
@@ -67,17 +68,36 @@ Status take_shared_memory(ServedVm& vm, Qmp& qmp, const std::string& farm_socket
 }
 
 // In a process of its own: one clone, to the running guest.
+struct Channel {
+  int report;  // to the command: one byte when it is loaded, then what became of it
+  int go;      // from the command: one byte for each is the word to run
+};
+
 nlohmann::json start_one(RestoreOptions options, const FarmDir& farm, const std::string& name,
-                         std::unique_ptr<ImageReader> image, Clock::time_point started) {
+                         std::unique_ptr<ImageReader> image, Clock::time_point started,
+                         Channel channel) {
   options.run_dir = farm.file(name);
   for (Replacement& replacement : options.replacements) {
     replacement.to = with_clone_number(replacement.to, name);
   }
   for (std::string& argument : options.extra) argument = with_clone_number(argument, name);
   VmStart start(options, std::move(image), started);
-  const Status ran = start.run(
-      [&](ServedVm& vm, Qmp& qmp) { return take_shared_memory(vm, qmp, farm.socket(), name); },
-      [] {});
+  VmStartHooks hooks;
+  hooks.take_memory = [&](ServedVm& vm, Qmp& qmp) {
+    return take_shared_memory(vm, qmp, farm.socket(), name);
+  };
+  // Guests that run already would slow down the start of the others.
+  hooks.may_run = [&]() -> Status {
+    VMSNAP_CHECK(write_all(channel.report, std::as_bytes(std::span("+", 1)), "a pipe"));
+    char word;
+    ssize_t got;
+    while ((got = ::read(channel.go, &word, 1)) < 0 && errno == EINTR) {
+      VMSNAP_CHECK(check_interrupted());
+    }
+    if (got == 1) return {};
+    return fail(ErrorCode::interrupted, "the command that started it is gone");
+  };
+  const Status ran = start.run(hooks);
   if (!ran) {
     return {{"error", ran.error().message()}, {"remedy", ran.error().remedy()}};
   }
@@ -99,7 +119,9 @@ class CloneStarter {
   Status prepare();
   Status join_or_make_farm();
   Status launch(const std::string& name);
-  Status collect(size_t at_most);
+  enum class Until { loaded, running };
+  Status collect(Until until, size_t at_most);
+  void hear(Started& clone) const;
   void print() const;
   Status wait_for_the_end() const;
 
@@ -109,6 +131,7 @@ class CloneStarter {
   std::unique_ptr<ImageReader> image_;
   std::unique_ptr<FarmDir> farm_;
   Fd connection_;  // keeps the farm while nothing runs yet
+  Fd go_, wait_for_go_;  // a pipe
   std::vector<Started> started_clones_;
 };
 
@@ -164,7 +187,9 @@ Status CloneStarter::launch(const std::string& name) {
   clone.launcher = ::fork();
   if (clone.launcher < 0) return fail_errno(errno, "cannot start a process");
   if (clone.launcher == 0) {
-    const nlohmann::json said = start_one(options_.vm, *farm_, name, std::move(image_), started_);
+    go_.reset();
+    const nlohmann::json said = start_one(options_.vm, *farm_, name, std::move(image_), started_,
+                                          {report.get(), wait_for_go_.get()});
     const std::string text = said.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
     (void)write_all(report.get(), std::as_bytes(std::span(text)), "a pipe");
     ::_exit(0);
@@ -173,27 +198,37 @@ Status CloneStarter::launch(const std::string& name) {
   return {};
 }
 
-// Waits until at most so many are still being started.
-Status CloneStarter::collect(size_t at_most) {
+void CloneStarter::hear(Started& clone) const {
+  std::string text(8192, '\0');
+  const ssize_t got = ::read(clone.report.get(), text.data(), text.size());
+  text.resize(got > 0 ? static_cast<size_t>(got) : 0);
+  if (text.starts_with('+')) {
+    clone.loaded = true;
+    text.erase(0, 1);
+    if (text.empty()) return;
+  }
+  clone.json = nlohmann::json::parse(text, nullptr, false);
+  if (!clone.json.is_object()) clone.json = {{"error", "the process that started it was killed"}};
+  clone.report.reset();
+  ::waitpid(clone.launcher, nullptr, 0);
+}
+
+// Waits until at most so many have not come so far.
+Status CloneStarter::collect(Until until, size_t at_most) {
   for (;;) {
     std::vector<pollfd> waits;
-    for (const Started& clone : started_clones_) {
-      if (clone.report) waits.push_back({clone.report.get(), POLLIN, 0});
+    std::vector<Started*> whose;
+    for (Started& clone : started_clones_) {
+      if (!clone.report || (until == Until::loaded && clone.loaded)) continue;
+      waits.push_back({clone.report.get(), POLLIN, 0});
+      whose.push_back(&clone);
     }
     if (waits.size() <= at_most) return {};
     if (::poll(waits.data(), waits.size(), 1000) < 0 && errno != EINTR) {
       return fail_errno(errno, "cannot wait for a process");
     }
-    for (Started& clone : started_clones_) {
-      pollfd readable = {clone.report.get(), POLLIN, 0};
-      if (!clone.report || ::poll(&readable, 1, 0) < 1) continue;
-      std::string text(8192, '\0');
-      const ssize_t got = ::read(clone.report.get(), text.data(), text.size());
-      text.resize(got > 0 ? static_cast<size_t>(got) : 0);
-      clone.json = nlohmann::json::parse(text, nullptr, false);
-      if (!clone.json.is_object()) clone.json = {{"error", "the process that started it was killed"}};
-      clone.report.reset();
-      ::waitpid(clone.launcher, nullptr, 0);
+    for (size_t i = 0; i < waits.size(); ++i) {
+      if (waits[i].revents) hear(*whose[i]);
     }
   }
 }
@@ -245,13 +280,23 @@ Status CloneStarter::wait_for_the_end() const {
 Status CloneStarter::run() {
   VMSNAP_CHECK(prepare());
   VMSNAP_CHECK(join_or_make_farm());
+  int ends[2];
+  if (::pipe2(ends, O_CLOEXEC) < 0) return fail_errno(errno, "cannot make a pipe");
+  wait_for_go_ = Fd(ends[0]);
+  go_ = Fd(ends[1]);
   const size_t at_once = 2 * std::max(1U, std::thread::hardware_concurrency());
   Status launched;
   for (unsigned i = 0; i < options_.count && launched && !interrupted(); ++i) {
-    launched = collect(at_once - 1);
+    launched = collect(Until::loaded, at_once - 1);
     if (launched) launched = launch(VMSNAP_TRY(farm_->new_clone()));
   }
-  VMSNAP_CHECK(collect(0));
+  if (launched) launched = collect(Until::loaded, 0);
+  if (launched && !interrupted()) {
+    const std::string words(started_clones_.size(), '+');
+    launched = write_all(go_.get(), std::as_bytes(std::span(words)), "a pipe");
+  }
+  go_.reset();
+  VMSNAP_CHECK(collect(Until::running, 0));
   VMSNAP_CHECK(launched);
   size_t failed = 0;
   for (const Started& clone : started_clones_) {

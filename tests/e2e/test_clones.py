@@ -1,6 +1,11 @@
 """Clones: many VMs from one image, on one memory."""
 
-import re
+import ctypes
+import os
+import random
+import signal
+import threading
+import time
 
 import pytest
 
@@ -9,8 +14,41 @@ import harness
 import qemu
 import victims
 
+PAGE = 4096
+LIBC = ctypes.CDLL(None, use_errno=True)
+THOROUGH = bool(os.environ.get("VMSNAP_TEST_LONG"))
 
-def image_of(world, mib=192, check_mib=4, **options):
+
+class Farm:
+    """The clones of one image in one run directory."""
+
+    def __init__(self, world, image):
+        self.world, self.image, self.dir = world, image, world.path("farm")
+
+    def add(self, count, *arguments, env=None):
+        """Starts so many more; their machines."""
+        started = self.world.vmsnap("restore", self.image, "--clones", count, "--run-dir", self.dir,
+                                    "--detach", "--json", *arguments, env=env).expect("ok").json
+        assert len(started["clones"]) == count
+        return [qemu.restored(self.dir / clone["clone"]) for clone in started["clones"]]
+
+    def status(self):
+        return self.world.vmsnap("clones", "--run-dir", self.dir, "--json").expect("ok").json
+
+    def server(self):
+        """Counters; none in the moment in which the page server is being replaced."""
+        return self.status()["server"]
+
+    def stop(self, *names):
+        self.world.vmsnap("clones", "--run-dir", self.dir, "--stop", *names).expect("ok")
+
+    def assert_gone(self):
+        """The last to leave turns off the light."""
+        harness.wait_until(lambda: not self.world.vmsnap_processes(), "the page server to end")
+        assert not (self.dir / "farm.sock").exists()
+
+
+def linux_image(world, mib=128, check_mib=4, **options):
     guest = victims.LinuxGuest(world, mib=mib, check_mib=check_mib, **options)
     image = world.path("vm.img")
     world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", image).expect("ok")
@@ -18,29 +56,242 @@ def image_of(world, mib=192, check_mib=4, **options):
     return image
 
 
-def listed(world, farm):
-    return world.vmsnap("clones", "--run-dir", farm, "--json").expect("ok").json
+def ordered_image(world):
+    guest = victims.OrderedGuest(world)
+    image = world.path("vm.img")
+    world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", image).expect("ok")
+    guest.kill()
+    return image
 
 
-def stop(world, farm):
-    world.vmsnap("clones", "--run-dir", farm, "--stop").expect("ok")
-    harness.wait_until(lambda: not world.vmsnap_processes(), "the farm's page server to end")
-    assert not (farm / "farm.sock").exists()
+def read_waiting(pid, address, length):
+    """Like qemu.read_memory(), but waits for a page that is missing, as the
+    guest would: through /proc/PID/mem that would be an error."""
+    buffer = ctypes.create_string_buffer(length)
+    local = (ctypes.c_void_p * 2)(ctypes.addressof(buffer), length)
+    remote = (ctypes.c_void_p * 2)(address, length)
+    got = LIBC.process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    if got != length:
+        raise OSError(ctypes.get_errno(), f"{got} of {length} bytes at {address:#x}")
+    return buffer.raw
 
 
-def test_clones_go_on_and_share(world):
-    image = image_of(world)
-    farm = world.path("farm")
-    started = world.vmsnap("restore", image, "--clones", "3", "--run-dir", farm, "--detach",
-                           "--json").expect("ok").json
-    assert [clone["clone"] for clone in started["clones"]] == ["1", "2", "3"]
-    clones = [qemu.restored(farm / str(number)) for number in (1, 2, 3)]
+def all_memory(machine):
+    host = machine.host_address(victims.ORDERED_START)
+    return b"".join(read_waiting(machine.pid, host + at, 4 << 20)
+                    for at in range(0, victims.ORDERED_END - victims.ORDERED_START, 4 << 20))
+
+
+def qemu_count(world):
+    return sum("qemu-system" in command for command in world.processes().values())
+
+
+def test_go_on_and_share(world):
+    farm = Farm(world, linux_image(world))
+    clones = farm.add(3)
     for clone in clones:
         victims.assert_linux_goes_on(clone)
-    status = listed(world, farm)
+    status = farm.status()
     assert [clone["state"] for clone in status["clones"]] == ["alive"] * 3
-    for clone in status["clones"]:
-        assert clone["memory"]["shared"] > 0
-    # Each page of the image was read once, for all of them.
-    assert status["server"]["read_pages"] <= status["server"]["data_pages"]
-    stop(world, farm)
+    assert all(clone["memory"]["shared"] > 0 for clone in status["clones"])
+    # Each page of the image is read once for all of them; a fault may just
+    # overtake the reading ahead.
+    server = status["server"]
+    assert server["read_pages"] <= server["data_pages"] * 1.05
+    farm.stop()
+    farm.assert_gone()
+
+
+def test_second_clone_needs_no_event(world):
+    """What the first one read is there for the second."""
+    farm = Farm(world, ordered_image(world))
+    first, = farm.add(1, "--start-paused")
+    content = all_memory(first)
+    harness.wait_until(lambda: farm.server()["prefetch_done"], "all pages to be there")
+    before = farm.server()["read_pages"]
+    second, = farm.add(1, "--start-paused")
+    assert all_memory(second) == content
+    server = farm.server()
+    assert server["read_pages"] == before
+    one = server["clones"][1]
+    # Loading the device state and reading zeros aside.
+    assert one["brought"] == 0 and one["found"] == 0, one
+    farm.stop()
+
+
+def test_isolated_from_each_other_and_from_the_image(world):
+    image = ordered_image(world)
+    raw = harness.export(world, image)
+    farm = Farm(world, image)
+    clones = farm.add(3, "--start-paused")
+    expected = victims.guest_physical(world, image, raw).read_bytes()
+    for clone in clones:
+        assert all_memory(clone) == expected
+    # Two run on and write all over; the third must not see it.
+    for clone in clones[:2]:
+        clone.qmp("cont")
+        clone.wait_for_progress(2)
+    for clone in clones[:2]:
+        victims.check_ordered_live(world, clone)
+        assert all_memory(clone) != expected
+    assert all_memory(clones[2]) == expected
+    clones[2].qmp("cont")
+    clones[2].wait_for_progress()
+    victims.check_ordered_live(world, clones[2])
+    late, = farm.add(1, "--start-paused")
+    assert all_memory(late) == expected
+    world.vmsnap("verify", image).expect("ok")
+    farm.stop()
+
+
+def test_come_and_go(world):
+    image = ordered_image(world)
+    farm = Farm(world, image)
+    one, two = farm.add(2, "--", "-name", "clone-{clone}")
+    assert "clone-2" in world.processes()[two.pid]
+    three, = farm.add(1)
+    farm.stop("2")
+    states = {clone["clone"]: clone["state"] for clone in farm.status()["clones"]}
+    assert states == {"1": "alive", "2": "ended", "3": "alive"}
+    for clone in (one, three):
+        clone.wait_for_progress()
+        victims.check_ordered_live(world, clone)
+    # Of another image, no.
+    other = ordered_image(world)
+    refused = world.vmsnap("restore", other, "--clones", 1, "--run-dir", farm.dir).expect("exists")
+    assert "another image" in refused.err
+    world.vmsnap("clones", "--run-dir", farm.dir, "--remove", "1").expect("ok")
+    assert not (farm.dir / "1").exists()
+    world.vmsnap("clones", "--run-dir", farm.dir, "--stop", "9").expect("usage")
+    waiting = world.start_vmsnap("clones", "--run-dir", farm.dir, "--wait")
+    os.kill(three.pid, signal.SIGKILL)
+    waiting.wait().expect("ok")
+    farm.assert_gone()
+
+
+def kill_page_servers(world, farm, stop, kills):
+    while not stop.wait(1):
+        server = farm.server()
+        if server:
+            os.kill(server["server_pid"], signal.SIGKILL)
+            kills.append(server["server_pid"])
+
+
+def test_page_server_killed_again_and_again(world):
+    """Under write load of clones with little room, so that pages come and go."""
+    farm = Farm(world, ordered_image(world))
+    clones = farm.add(30 if THOROUGH else 6, "--memory", "8M")
+    stop, kills = threading.Event(), []
+    killer = threading.Thread(target=kill_page_servers, args=(world, farm, stop, kills))
+    killer.start()
+    time.sleep(60 if THOROUGH else 8)
+    stop.set()
+    killer.join()
+    assert len(set(kills)) >= 3, kills
+    for clone in clones:
+        clone.wait_for_progress()
+        victims.check_ordered_live(world, clone)
+    assert farm.server()["restarts"] >= 3
+    farm.stop()
+    farm.assert_gone()
+
+
+def test_keeper_killed_and_reattached(world):
+    farm = Farm(world, linux_image(world))
+    clones = farm.add(2, "--memory", "4M")  # pages are still to come, for ever
+    for pid in world.vmsnap_processes():
+        os.kill(pid, signal.SIGKILL)
+    harness.wait_until(lambda: not world.vmsnap_processes(), "the farm's processes to end")
+    for clone in clones:
+        checks.assert_not_traced(clone.pid)
+    refused = world.vmsnap("restore", farm.image, "--clones", 1, "--run-dir", farm.dir).expect("exists")
+    assert "--reattach" in refused.err
+    world.vmsnap("restore", "--reattach", farm.dir / "1").expect("usage")
+    world.vmsnap("restore", "--reattach", farm.dir).expect("ok")
+    for clone in clones:
+        victims.assert_linux_goes_on(clone)
+    world.vmsnap("restore", "--reattach", farm.dir).expect("exists")
+    late, = farm.add(1)
+    victims.assert_linux_goes_on(late)
+    farm.stop()
+    farm.assert_gone()
+    world.vmsnap("restore", "--reattach", farm.dir).expect("vm")
+
+
+def test_shared_pages_stay_under_their_limit(world):
+    farm = Farm(world, ordered_image(world))
+    clones = farm.add(2, "--memory", "6M", "--start-paused")
+    for clone in clones:
+        content = all_memory(clone)
+        assert content == all_memory(clone)
+        assert farm.server()["resident_pages"] <= (6 << 20) // PAGE
+    server = farm.server()
+    assert server["dropped_pages"] > 0
+    for clone in clones:
+        clone.qmp("cont")
+        clone.wait_for_progress()
+        victims.check_ordered_live(world, clone)
+    farm.stop()
+
+
+def test_balloon_gives_zeros_to_one_alone(world):
+    """A page that one clone gave back is zero for that one from then on, and
+    what it was for all the others."""
+    image = linux_image(world, mib=192, extra=["-device", "virtio-balloon,id=balloon"])
+    farm = Farm(world, image)
+    one, two, = farm.add(2)
+    with qemu.Qmp(one.qmp_socket) as monitor:
+        for target in (96 << 20, 192 << 20, 96 << 20):
+            monitor.execute("balloon", value=target)
+            harness.wait_until(lambda: monitor.execute("query-balloon")["actual"] == target,
+                               "the balloon to follow")
+    clones = {clone["name"]: clone for clone in farm.server()["clones"]}
+    assert clones["1"]["removed"] > (80 << 20) // PAGE
+    assert clones["2"]["removed"] == 0
+    for clone in (one, two):
+        victims.assert_linux_goes_on(clone)
+    three, = farm.add(1)
+    victims.assert_linux_goes_on(three)
+    farm.stop()
+
+
+def test_damaged_pages_are_poison_not_zeros(world):
+    image = ordered_image(world)
+    raw = harness.export(world, image)
+    with open(image, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        random.seed(5)
+        for _ in range(20):
+            file.seek(random.randrange(size // 8, size // 2))
+            file.write(os.urandom(64))
+    farm = Farm(world, image)
+    clone, = farm.add(1, "--start-paused")
+    expected = victims.guest_physical(world, image, raw)
+    poisoned = 0
+    with open(expected, "rb") as file:
+        host = clone.host_address(victims.ORDERED_START)
+        for at in range(0, victims.ORDERED_END - victims.ORDERED_START, PAGE):
+            want = file.read(PAGE)
+            try:
+                assert read_waiting(clone.pid, host + at, PAGE) == want, f"wrong at {at:#x}"
+            except OSError:
+                poisoned += 1
+    assert poisoned > 0
+    assert farm.server()["clones"][0]["poisoned"] >= poisoned
+    farm.stop()
+
+
+@pytest.mark.parametrize("point", ["restore.start", "restore.launched", "restore.registered",
+                                   "restore.loading"])
+def test_starter_killed(world, point):
+    """A clone that is cut short before it ran leaves nothing; the others live."""
+    farm = Farm(world, ordered_image(world))
+    good, = farm.add(1)
+    result = world.vmsnap("restore", farm.image, "--clones", 1, "--run-dir", farm.dir, "--detach",
+                          env={"VMSNAP_KILL_AT": point}).expect("vm")
+    assert "killed" in result.err
+    harness.wait_until(lambda: qemu_count(world) == 1, "the half-started clone to end")
+    good.wait_for_progress()
+    victims.check_ordered_live(world, good)
+    farm.stop()
+    farm.assert_gone()
