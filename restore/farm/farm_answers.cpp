@@ -54,7 +54,9 @@ Result<FarmServer::Answer> FarmServer::try_answer(const Fault& fault) {
     return given;
   }
   if (!in_flight_.begin(fault.page, fault)) return Answer::left;
-  const Result<Answer> brought = bring(fault);
+  // It may have come since we looked.
+  const bool there = shared && cache_.contains(fault.page);
+  const Result<Answer> brought = there ? wake(fault) : bring(fault);
   for (Fault& waiter : in_flight_.end(fault.page)) answer(std::move(waiter));
   if (brought && *brought == Answer::done && shared) read_ahead(fault.page);
   return brought;
@@ -166,8 +168,8 @@ void FarmServer::read_ahead(uint64_t page) {
   PageBuffer bytes;
   const uint64_t end = std::min(reader_.page_count(), page + ahead);
   for (uint64_t next = page + 1; next < end && !stop_.load(); ++next) {
-    if (cache_.contains(next) || !in_flight_.begin(next)) continue;
-    const auto kind = reader_.read_page(next, bytes);
+    if (!in_flight_.begin(next)) continue;
+    const auto kind = cache_.contains(next) ? PageKind::zero : reader_.read_page(next, bytes);
     if (kind && *kind == PageKind::data) {
       read_.fetch_add(1, std::memory_order_relaxed);
       const auto put = cache_.put(next, bytes);

@@ -188,8 +188,11 @@ def test_page_server_killed_again_and_again(world):
     stop.set()
     killer.join()
     assert len(set(kills)) >= 3, kills
+    said = [len(clone.serial_text()) for clone in clones]
+    harness.wait_until(lambda: all(len(clone.serial_text()) > before
+                                   for clone, before in zip(clones, said)),
+                       "all clones to go on", limit=300 if THOROUGH else harness.LIMIT)
     for clone in clones:
-        clone.wait_for_progress()
         victims.check_ordered_live(world, clone)
     assert farm.server()["restarts"] >= 3
     farm.stop()

@@ -35,6 +35,12 @@ class ServedChild {
     std::unique_ptr<ServedChild> child(new ServedChild(pages, kind));
     return child->begin() ? std::move(child) : nullptr;
   }
+  // One that has mapped `file` privately, as a clone has.
+  static std::unique_ptr<ServedChild> start_clone(uint64_t pages, int file) {
+    std::unique_ptr<ServedChild> child(new ServedChild(pages, MemoryKind::anonymous));
+    child->clone_of_ = file;
+    return child->begin() ? std::move(child) : nullptr;
+  }
   ~ServedChild() {
     if (pid_ <= 0) return;
     kill();
@@ -159,6 +165,10 @@ class ServedChild {
       flags = MAP_SHARED;
     }
     if (kind_ == MemoryKind::huge) flags |= MAP_HUGETLB;
+    if (clone_of_ >= 0) {
+      file = clone_of_;
+      flags = MAP_PRIVATE;
+    }
     void* memory = ::mmap(nullptr, pages_ * page_size, PROT_READ | PROT_WRITE, flags, file, 0);
     if (memory == MAP_FAILED) ::_exit(2);
     const int uffd = static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK));
@@ -204,6 +214,7 @@ class ServedChild {
 
   uint64_t pages_;
   MemoryKind kind_;
+  int clone_of_ = -1;
   pid_t pid_ = 0;
   Fd link_;
   std::optional<Process> process_;
