@@ -75,6 +75,8 @@ void add_restore(CLI::App& app, CommandContext& context) {
                       "Directory to start it in instead of the recorded one");
   command->add_flag("--start-paused", arguments->options.start_paused,
                     "Leave the VM paused when it is loaded");
+  command->add_flag("--fix-clock", arguments->options.fix_clock,
+                    "Set the guest's clock to the host's, through its guest agent");
   command->add_flag("--detach", arguments->options.detach,
                     "Return when the guest runs; go on in the background");
   command->add_flag("--dry-run", arguments->dry_run,

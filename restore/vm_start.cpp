@@ -9,6 +9,7 @@
 #include "formats/interrupt.h"
 #include "formats/log.h"
 #include "formats/test_point.h"
+#include "restore/guest_agent.h"
 #include "restore/state_loader.h"
 
 namespace vmsnap {
@@ -102,7 +103,18 @@ Status VmStart::start_guest(Qmp& qmp) {
   // It runs: what goes wrong now is no reason to end it.
   const Status written = enter(RestorePhase::running);
   if (!written) log_warning("{}", written.error().message());
+  if (options_.fix_clock) fix_clock();
   return {};
+}
+
+// Once the guest runs, nothing here is a reason to fail.
+void VmStart::fix_clock() const {
+  if (!vm_->record.resume) return log_warning("--fix-clock: the guest is paused; its clock is as it was");
+  const auto socket = guest_agent_socket(std::span(line_.arguments).subspan(1));
+  if (!socket) return log_warning("--fix-clock: the VM has no guest agent channel; its clock is as it was");
+  if (const Status fixed = set_guest_clock(*socket); !fixed) {
+    log_warning("--fix-clock: {}", fixed.error().message());
+  }
 }
 
 Status VmStart::until_running(const VmStartHooks& hooks) {

@@ -35,6 +35,7 @@ struct RestoreOptions {
   std::vector<Replacement> replacements;
   std::vector<std::string> extra;
   bool start_paused = false;
+  bool fix_clock = false;  // set the guest's clock, through its agent
   bool detach = false;
   bool json = false;
 };
@@ -75,6 +76,7 @@ class VmStart {
   Status prepare();
   Status until_running(const VmStartHooks& hooks);
   Status start_guest(Qmp& qmp);
+  void fix_clock() const;
   Status enter(RestorePhase phase);
 
   const RestoreOptions& options_;

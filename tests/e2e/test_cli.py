@@ -12,7 +12,7 @@ import harness
 import victims
 
 COMMANDS = ["snapshot", "restore", "serve", "show", "verify", "export", "list", "import", "rm",
-            "undelete", "prune", "repair", "diff", "key", "backup"]
+            "undelete", "prune", "repair", "diff", "key", "backup", "clones"]
 
 
 def help_of(*command):

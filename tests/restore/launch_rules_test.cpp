@@ -290,6 +290,12 @@ TEST(LaunchRules, ParsingReplacements) {
   EXPECT_EQ(parse_replacement("ab").error().message(), "--replace wants OLD=NEW, not \"ab\"");
 }
 
+TEST(LaunchRules, ANewGeneration) {
+  EXPECT_EQ(derive({"-device", "vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87,id=g"}),
+            (Words{"-device", "vmgenid,guid=auto,id=g"}));
+  EXPECT_EQ(derive({"-device", "vmgenid"}), (Words{"-device", "vmgenid,guid=auto"}));
+}
+
 TEST(LaunchRules, WhatIsNotKnownStays) {
   EXPECT_EQ(derive({"-append", "-S -incoming", "-unheard-of", "-monitor", "-usb", "-snapshot"}),
             (Words{"-append", "-S -incoming", "-unheard-of", "-monitor", "-usb", "-snapshot"}));
