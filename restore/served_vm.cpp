@@ -23,7 +23,7 @@ Result<uint64_t> wanted_features() {
 
 std::unique_ptr<Serving> Serving::start(ServedVm& vm) {
   PageServerOptions options;
-  options.fill = false;
+  options.prefetch_at_once = false;
   options.pidfd = vm.process.pidfd();
   options.vm = vm.process.describe();
   const auto features = Uffd::kernel_features();

@@ -63,7 +63,7 @@ class PageServerTest : public ::testing::TestWithParam<MemoryKind> {
   }
   static PageServerOptions no_fill() {
     PageServerOptions options;
-    options.fill = false;
+    options.prefetch = Prefetch::none;
     return options;
   }
 
@@ -184,7 +184,7 @@ TEST_F(PageServerTest, ADamagedPageIsPoisonedAndTheOthersAreServed) {
     std::string log;
     set_log_sink([&](LogLevel, std::string_view line) { log = line; });
     PageServerOptions options;
-    options.fill = fill;
+    options.prefetch = fill ? Prefetch::all : Prefetch::none;
     options.vm = "the child";
     ServerThread server(uffd, *image, marks, served->ranges(), options);
     if (fill) {
