@@ -66,6 +66,8 @@ Result<bool> PageServer::wait_for_work() {
   } else if (can_fill) {
     timeout_ms = 0;
   }
+  // A reader that is stuck is noticed after a millisecond or two.
+  if (watch_reader()) timeout_ms = std::min(timeout_ms, 1);
   pollfd fds[3] = {{called_.get(), POLLIN, 0},
                    {options_.pidfd, POLLIN, 0},
                    {source_ && !extent_ ? source_->ready_fd() : -1, POLLIN, 0}};

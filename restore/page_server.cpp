@@ -19,7 +19,6 @@ PageServer::PageServer(const Uffd& uffd, const ImageReader& reader, PageMarks& m
       options_(std::move(options)),
       called_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       halt_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-      postponed_ready_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE)),
       fill_(options_.prefetch_at_once),
       protect_(new std::atomic<bool>[ranges_.size()]),
       data_pages_(reader.summary().page_count - reader.summary().zero_pages) {}
@@ -77,7 +76,7 @@ Result<ServeEnd> PageServer::run() {
 }
 
 Status PageServer::prepare() {
-  if (!called_ || !halt_ || !postponed_ready_) {
+  if (!called_ || !halt_) {
     return fail(ErrorCode::io, "cannot make an eventfd: too many open files");
   }
   // poll(2) on a blocking userfaultfd only ever says POLLERR.

@@ -1,12 +1,12 @@
 // Gives one address space its memory from an image: each page when it is first
 // touched, and the rest in the background.
 //
-// Faults are answered by a few threads, each of which reads one event and
-// settles it before it reads the next: a page that takes long (a slow disk)
-// holds up nobody but who waits for it. Order matters all the same: a removal
-// that was read must be marked before any later page is copied. So reading an
-// event and marking what it removed is done alone, and a page is copied beside
-// other copies only, after another look at its mark. It is decoded before that.
+// Faults are answered by a few threads, so that many are at the same time, and
+// a page that takes long (a slow disk) holds up nobody but who waits for it.
+// Order matters all the same: a removal that was read must be marked before any
+// later page is copied. So events are read, and what they remove is marked, by
+// one thread while no page is copied; and a page is copied only after another
+// look at its mark. It is decoded before that.
 //
 // The thread in serve() copies the rest in pieces, small ones while the guest
 // faults. Decoding ahead for it is done by threads of a PageSource. None of
@@ -28,6 +28,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -136,13 +137,18 @@ class PageServer {
   // Events (page_events.cpp).
   Status start_answerers();
   void end_answerers();
-  void run_answerer(const Fd& events);
-  Status answer_until_halted(const Fd& events);
-  Result<bool> wait_for_events(const Fd& events);
-  Result<std::optional<Fault>> next_fault();
-  std::optional<Fault> fault_of(const UffdEvent& event);
-  std::optional<Fault> postponed_fault();
+  void run_answerer();
+  Status answer_until_halted();
+  void begin_answer(uint64_t turn);
+  bool end_answer(uint64_t& turn);
+  bool watch_reader();  // false: it may be left alone until it asks
+  std::optional<Fault> wait_for_turn(std::optional<uint64_t>& turn);
+  std::optional<Fault> take_queued();
+  void queue_faults(std::span<const Fault> faults);
   void postpone(const Fault& fault);
+  Result<std::optional<Fault>> read_fault();
+  Status wait_for_events() const;
+  std::optional<Fault> fault_of(const UffdEvent& event);
   void note_removals(const std::vector<UffdEvent>& events);
   void note_removed(RemotePtr start, uint64_t length);
 
@@ -179,20 +185,24 @@ class PageServer {
   const std::vector<ServedRange> ranges_;
   const PageServerOptions options_;
 
-  Fd called_;    // eventfd: a flag was set, for the thread in serve()
-  Fd halt_;      // eventfd: the answerers are to end
-  Fd postponed_ready_;  // eventfd that counts postponed_
+  Fd called_;  // eventfd: something changed, for the thread in serve()
+  Fd halt_;    // eventfd: the answerers are to end
   std::atomic<bool> stop_ = false, fill_ = false, halted_ = false;
 
-  // Held alone to read an event and mark what it tells, shared to look at a
-  // mark and copy.
+  // Held alone to read events and mark what they tell, shared to look at a mark
+  // and copy.
   std::shared_mutex order_;
+  std::vector<std::byte> zeros_;  // one unit, where zero pages must be copied
   std::vector<std::thread> answerers_;
-  std::vector<Fd> answerer_events_;  // epoll(7), one each
-  std::vector<std::byte> zeros_;     // one unit, where zero pages must be copied
-  std::mutex fault_mutex_;           // of the next two
-  std::deque<Fault> postponed_;      // got EAGAIN
-  std::optional<Error> failed_;      // of an answerer
+  std::atomic<uint64_t> turn_ = 0;         // see begin_answer()
+  std::atomic<bool> unwatched_ = false;    // the thread in serve() is to be woken to watch
+  std::mutex queue_mutex_;                 // of the next five
+  std::condition_variable queue_changed_;
+  std::deque<Fault> queue_;                // read, and nobody settles them yet
+  std::optional<uint64_t> free_turn_ = 0;  // the reader's role is free, and turn_ is this
+  unsigned idle_answerers_ = 0;
+  std::optional<Error> failed_;            // of an answerer
+  std::atomic<size_t> queued_ = 0;         // queue_.size()
   std::mutex unreadable_mutex_;      // of the next two
   std::unordered_set<uint64_t> unreadable_;  // first pages of units already given up
   std::vector<RemoteRange> left_missing_;    // those that could not be poisoned
@@ -200,6 +210,8 @@ class PageServer {
   std::atomic<Clock::time_point> last_fault_ = Clock::time_point();
 
   // Of the thread in serve().
+  uint64_t watched_turn_ = 0;
+  Clock::time_point watched_since_;
   bool filled_ = false;
   std::unique_ptr<PageSource> source_;
   DecodedExtent* extent_ = nullptr;  // being copied by the fill
