@@ -14,12 +14,14 @@
 // page server dies, it waits, and reattach (reattach.h) goes on.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "formats/command.h"
 #include "formats/store/image_argument.h"
 #include "restore/launch_rules.h"
+#include "restore/page_source.h"
 
 namespace vmsnap {
 
@@ -30,6 +32,8 @@ struct RestoreOptions {
   std::string chdir;    // empty: the recorded working directory
   std::vector<Replacement> replacements;
   std::vector<std::string> extra;
+  std::optional<Prefetch> prefetch;  // none: all, or nothing when recording
+  bool record_working_set = false;
   bool start_paused = false;
   bool detach = false;
   bool json = false;

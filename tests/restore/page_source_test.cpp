@@ -5,6 +5,8 @@
 
 #include <numeric>
 
+#include "formats/file.h"
+#include "formats/log.h"
 #include "formats/store/recorded_working_set.h"
 #include "tests/restore/test_image.h"
 
@@ -82,6 +84,21 @@ TEST_F(PageSourceTest, WhatARestoreRecordedComesFirst) {
   ASSERT_TRUE(save_working_set(*image, std::vector<uint64_t>{40, 20}));
   const Extents recorded = {{40, 1}, {20, 1}};
   EXPECT_EQ(extents(*image, one_range(), Prefetch::working_set), recorded);
+}
+
+TEST_F(PageSourceTest, ADamagedRecordIsAWarningAndTheImagesOwnIsUsed) {
+  write({1100});
+  const auto image = open_image(path_);
+  ASSERT_EQ(working_set_path(*image), path_ + ".working-set");
+  ASSERT_TRUE(save_working_set(*image, std::vector<uint64_t>{40, 20}));
+  std::string bytes = *read_small_file(path_ + ".working-set");
+  bytes[70] ^= 1;
+  ASSERT_TRUE(write_small_file(path_ + ".working-set", bytes));
+  std::string log;
+  set_log_sink([&](LogLevel, std::string_view line) { log = line; });
+  EXPECT_EQ(*best_working_set(*image), std::vector<uint64_t>{1100});
+  set_log_sink({});
+  EXPECT_EQ(log, path_ + ".working-set cannot be used: the checksum of its pages is wrong");
 }
 
 }  // namespace

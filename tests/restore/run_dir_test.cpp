@@ -57,6 +57,9 @@ TEST(RestoreRecordTest, EveryFieldIsChecked) {
     json.erase(field);
     EXPECT_EQ(restore_record_from_json(json).error().message(), wrong);
   }
+  EXPECT_EQ(error_with("/prefetch", "some"), "its \"prefetch\" is missing or wrong");
+  EXPECT_EQ(error_with("/record_working_set", 1),
+            "its \"record_working_set\" is missing or wrong");
   EXPECT_EQ(error_with("/phase", "sleeping"), "its \"phase\" is missing or wrong");
   EXPECT_EQ(error_with("/pid", -5), "its \"pid\" is missing or wrong");
   EXPECT_EQ(error_with("/pid", 1 << 23), "its \"pid\" is missing or wrong");
