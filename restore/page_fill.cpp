@@ -1,14 +1,93 @@
 // The background half of PageServer: copying what nobody has asked for yet, and
 // letting go of the ranges when all is there.
 
-#include <algorithm>
+#include <poll.h>
+#include <unistd.h>
 
-#include "formats/log.h"
+#include <algorithm>
+#include <cerrno>
+
+#include "formats/test_point.h"
 #include "restore/page_server.h"
 
 namespace vmsnap {
 
 using State = DecodedExtent::State;
+
+namespace {
+
+// While the guest faults, the fill's pieces stay so small that a fault hardly
+// notices them; otherwise they are as large as an extent.
+constexpr auto recent = std::chrono::milliseconds(10);
+constexpr uint64_t small_piece = 16;
+constexpr uint64_t large_piece = DecodedExtent::max_pages;
+
+unsigned decoder_threads(unsigned wanted) {
+  if (wanted > 0) return wanted;
+  const unsigned cpus = std::max(1u, std::thread::hardware_concurrency());
+  // One CPU is left to who answers faults.
+  return std::clamp(cpus - 1, 1u, 4u);
+}
+
+}  // namespace
+
+Result<ServeEnd> PageServer::fill_until_end() {
+  for (;;) {
+    if (!VMSNAP_TRY(wait_for_work())) {
+      return vm_is_gone() ? ServeEnd::vm_gone : ServeEnd::stopped;
+    }
+    stalled_ = false;
+    if (!may_fill()) continue;
+    if (!source_) VMSNAP_CHECK(start_source());
+    const bool faulted = Clock::now() - last_fault_.load(std::memory_order_relaxed) < recent;
+    VMSNAP_CHECK(fill(faulted ? small_piece : large_piece));
+    if (!nothing_left()) continue;
+    source_.reset();
+    filled_ = true;
+    if (options_.prefetch != Prefetch::all) continue;
+    VMSNAP_TEST_POINT("restore.filled");
+    if (!options_.release) continue;
+    VMSNAP_CHECK(release_ranges());
+    return ServeEnd::filled;
+  }
+}
+
+bool PageServer::may_fill() const {
+  return options_.prefetch != Prefetch::none && fill_.load() && !filled_;
+}
+
+Result<bool> PageServer::wait_for_work() {
+  const bool to_begin = may_fill() && !source_;
+  const bool can_fill = to_begin || (source_ && (extent_ || source_->exhausted()));
+  int timeout_ms = 1000;
+  if (stalled_) {
+    // EAGAIN: the thread that removes memory has yet to run. It needs a CPU.
+    timeout_ms = 1;
+  } else if (can_fill) {
+    timeout_ms = 0;
+  }
+  // A reader that is stuck is noticed after a millisecond or two.
+  if (watch_reader()) timeout_ms = std::min(timeout_ms, 1);
+  pollfd fds[3] = {{called_.get(), POLLIN, 0},
+                   {options_.pidfd, POLLIN, 0},
+                   {source_ && !extent_ ? source_->ready_fd() : -1, POLLIN, 0}};
+  const int ready = ::poll(fds, 3, timeout_ms);
+  if (ready < 0 && errno != EINTR) return fail_errno(errno, "cannot wait for page faults");
+  if (stop_.load() || fds[1].revents) return false;
+  if (fds[0].revents) {
+    uint64_t ignored;
+    [[maybe_unused]] const ssize_t got = ::read(called_.get(), &ignored, sizeof ignored);
+  }
+  if (ready == 0 && timeout_ms == 1000 && vm_is_gone()) return false;
+  return true;
+}
+
+Status PageServer::start_source() {
+  source_ =
+      VMSNAP_TRY(PageSource::start(reader_, marks_, ranges_, options_.prefetch,
+                                   decoder_threads(options_.decoder_threads)));
+  return {};
+}
 
 // Copies about `budget` pages of what is decoded, or all there is.
 Status PageServer::fill(uint64_t budget) {
@@ -34,11 +113,13 @@ Status PageServer::fill(uint64_t budget) {
 Result<uint64_t> PageServer::fill_piece(uint64_t budget) {
   const ServedRange& range = ranges_[extent_->range];
   const uint64_t first_page = extent_->first_page + extent_done_;
+  std::shared_lock lock(order_);
   const Piece piece = next_piece(range.unit / page_size, budget);
   switch (piece.state) {
     case State::zero:
       return piece.pages;  // absent is zero, or somebody has it
     case State::unreadable:
+      lock.unlock();
       stalled_ = VMSNAP_TRY(give_up(range, first_page, "it is damaged")) == Answer::again;
       return stalled_ ? 0 : piece.pages;
     case State::data:
@@ -46,23 +127,24 @@ Result<uint64_t> PageServer::fill_piece(uint64_t budget) {
   }
 
   const RemotePtr to = range.address_of(first_page);
-  const auto copied = VMSNAP_TRY(uffd_.copy(to, extent_->bytes_of(extent_done_, piece.pages)));
+  const auto copied = VMSNAP_TRY(put(extent_->range, to, extent_->bytes_of(extent_done_, piece.pages)));
   const uint64_t pages = copied.bytes / page_size;
   if (pages > 0) {
-    marks_.set_resolved(first_page, pages);
-    count_filled(filled_by_background_, pages);
+    count_filled(filled_by_background_, marks_.set_resolved(first_page, pages));
     return pages;
   }
   const uint64_t unit_pages = range.unit / page_size;
   switch (copied.outcome) {
     case CopyOutcome::already_there:
-      // A predecessor was killed between its copy and its mark.
-      marks_.set_resolved(first_page, unit_pages);
-      found_filled_.fetch_add(unit_pages, std::memory_order_relaxed);
+      // A predecessor was killed between its copy and its mark, or an answerer
+      // is there.
+      found_filled_.fetch_add(marks_.set_resolved(first_page, unit_pages),
+                              std::memory_order_relaxed);
       return unit_pages;
     case CopyOutcome::no_mapping:
       // Unmapped, or the piece reaches over the end of a mapping that was split:
       // then the single page goes in.
+      lock.unlock();
       if (piece.pages > unit_pages) return fill_piece(unit_pages);
       return unit_pages;
     default:
@@ -92,16 +174,16 @@ PageServer::Piece PageServer::next_piece(uint64_t unit_pages, uint64_t budget) c
   return run;
 }
 
-bool PageServer::nothing_left() const {
-  return !extent_ && waiting_.empty() && source_->exhausted();
-}
+bool PageServer::nothing_left() const { return !extent_ && source_->exhausted(); }
 
 // All data is in. What is still absent is zero, and is so without us: the
 // ranges need not be watched any more. Unregistering wakes who waits; a removal
-// that is under way is released by reading its event, or by the last close of
-// the userfaultfd. Pages that could not even be poisoned stay watched, because
-// nothing else keeps them from reading as zero.
+// that is under way is released by reading its event, which the answerers do
+// until the last moment, or by the last close of the userfaultfd. Pages that
+// could not even be poisoned stay watched, because nothing else keeps them from
+// reading as zero.
 Status PageServer::release_ranges() {
+  std::lock_guard lock(unreadable_mutex_);
   for (const ServedRange& range : ranges_) {
     std::vector<RemoteRange> kept;
     for (const RemoteRange& unit : left_missing_) {
@@ -117,8 +199,6 @@ Status PageServer::release_ranges() {
     if (from < range.range.end()) {
       VMSNAP_CHECK(uffd_.unregister_range({from, range.range.end() - from}));
     }
-  }
-  while (VMSNAP_TRY(read_events()) > 0) {
   }
   return {};
 }

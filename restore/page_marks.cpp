@@ -78,15 +78,20 @@ uint64_t PageMarks::count_resolved(uint64_t first, uint64_t count) const {
   return found;
 }
 
-void PageMarks::set(int kind, uint64_t first, uint64_t count) {
+uint64_t PageMarks::set(int kind, uint64_t first, uint64_t count) {
   uint64_t* words = bits(kind);
+  uint64_t newly = 0;
   const uint64_t end = std::min(first + count, pages_);
   for (uint64_t page = first; page < end;) {
     const uint64_t in_word = std::min<uint64_t>(64 - page % 64, end - page);
     const uint64_t ones = in_word == 64 ? ~uint64_t{0} : (uint64_t{1} << in_word) - 1;
-    std::atomic_ref(words[page / 64]).fetch_or(ones << (page % 64), std::memory_order_relaxed);
+    const uint64_t wanted = ones << (page % 64);
+    const uint64_t before =
+        std::atomic_ref(words[page / 64]).fetch_or(wanted, std::memory_order_relaxed);
+    newly += static_cast<uint64_t>(std::popcount(wanted & ~before));
     page += in_word;
   }
+  return newly;
 }
 
 }  // namespace vmsnap

@@ -10,8 +10,7 @@
 // With a file behind it, all this lives in a shared mapping and survives
 // SIGKILL. It does not survive a crash of the host, nor does the guest.
 //
-// One thread sets marks and uses the buffer; any thread may read marks at the
-// same time.
+// Any number of threads may set and read marks. The buffer is for one at a time.
 #pragma once
 
 #include <cstddef>
@@ -47,8 +46,9 @@ class PageMarks {
 
   uint64_t count_resolved(uint64_t first, uint64_t count) const;
 
-  void set_resolved(uint64_t first, uint64_t count) { set(0, first, count); }
-  void set_removed(uint64_t first, uint64_t count) { set(1, first, count); }
+  // They return how many of the marks were not set before.
+  uint64_t set_resolved(uint64_t first, uint64_t count) { return set(0, first, count); }
+  uint64_t set_removed(uint64_t first, uint64_t count) { return set(1, first, count); }
 
  private:
   static constexpr uint64_t buffer_bytes = 2048;
@@ -59,7 +59,7 @@ class PageMarks {
   static Result<PageMarks> map(int fd, const std::string& name, uint64_t pages);
 
   bool test(int kind, uint64_t page) const;
-  void set(int kind, uint64_t first, uint64_t count);
+  uint64_t set(int kind, uint64_t first, uint64_t count);
 
   uint64_t* bits(int kind) const {
     return words_ + buffer_bytes / 8 + static_cast<uint64_t>(kind) * words_per_kind(pages_);

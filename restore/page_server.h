@@ -1,12 +1,16 @@
 // Gives one address space its memory from an image: each page when it is first
 // touched, and the rest in the background.
 //
-// One thread, the one in serve(), makes every userfaultfd call, because order
-// matters: a removal that was read must be marked before any later page is
-// copied. It answers all waiting faults, then copies a small piece of the fill,
-// then looks for faults again. It never touches the memory that it serves, so
-// it cannot wait for itself. Decoding ahead for the fill is done by threads of
-// a PageSource.
+// Faults are answered by a few threads, so that many are at the same time, and
+// a page that takes long (a slow disk) holds up nobody but who waits for it.
+// Order matters all the same: a removal that was read must be marked before any
+// later page is copied. So events are read, and what they remove is marked, by
+// one thread while no page is copied; and a page is copied only after another
+// look at its mark. It is decoded before that.
+//
+// The thread in serve() copies the rest in pieces, small ones while the guest
+// faults. Decoding ahead for it is done by threads of a PageSource. None of
+// them touches the memory that is served, so none waits for itself.
 //
 // A page is given whole (UFFDIO_COPY): a guest sees no page half filled. What
 // cannot be read back is poisoned (UFFDIO_POISON: SIGBUS, for a guest a memory
@@ -24,9 +28,15 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <memory>
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
 #include <string>
+#include <thread>
 #include <unordered_set>
 #include <vector>
 
@@ -34,6 +44,7 @@
 #include "formats/latency_histogram.h"
 #include "restore/page_marks.h"
 #include "restore/page_source.h"
+#include "restore/working_set_recorder.h"
 #include "snap/vmm/uffd.h"
 
 namespace vmsnap {
@@ -49,10 +60,16 @@ enum class ServeEnd {
 };
 
 struct PageServerOptions {
-  bool fill = true;              // load what nobody touches, too, from the start
-  bool release = true;           // when all is there, unregister the ranges and return
-  bool use_poison = true;        // false: as on a kernel without UFFDIO_POISON
-  unsigned decoder_threads = 0;  // 0: by the number of CPUs, at most 4
+  // What is loaded that nobody touched. Only with `all` does serve() ever
+  // return ServeEnd::filled.
+  Prefetch prefetch = Prefetch::all;
+  bool prefetch_at_once = true;   // false: from begin_fill() on
+  bool release = true;            // when all is there, unregister the ranges and return
+  bool use_poison = true;         // false: as on a kernel without UFFDIO_POISON
+  bool write_protect = false;     // pages arrive with the mark, where it is registered for
+  unsigned decoder_threads = 0;   // 0: by the number of CPUs, at most 4
+  unsigned fault_threads = 4;     // so many slow pages hold up nobody else
+  WorkingSetRecorder* recorder = nullptr;  // (borrowed) told of data pages that faulted
   int pidfd = -1;                // of the VMM (borrowed); -1: its death is found by asking
   std::string vm = "the VM";     // for the log
 };
@@ -87,7 +104,7 @@ class PageServer {
   PageServer(const PageServer&) = delete;
   PageServer& operator=(const PageServer&) = delete;
 
-  // Serves in the calling thread until one of the ends, once. First wakes all
+  // Serves until one of the ends, once, and blocks until then. First wakes all
   // who wait in the ranges, so that faults a predecessor had read are raised
   // again. Errors: only what leaves pages unserved (the uffd fails); unreadable
   // pages are counted and logged.
@@ -95,8 +112,8 @@ class PageServer {
 
   // The two of them from any thread. serve() returns soon:
   void stop();
-  // Begins to fill, if it was not to from the start. (A guest that is to run is
-  // waited for by nobody when it runs first.)
+  // Begins to load ahead, as far as `prefetch` says, if it was not to from the
+  // start. (A guest that is to run is waited for by nobody when it runs first.)
   void begin_fill();
 
   PageServerCounters counters() const;
@@ -106,38 +123,61 @@ class PageServer {
   struct Fault {
     RemotePtr address;  // start of the unit
     size_t range;
+    bool write_protected;  // the page is there, with the mark
     Clock::time_point seen;
   };
   enum class Answer { done, again };
 
   Result<ServeEnd> run();
-  void wake_server() const;
   Status prepare();
-  Status start_source();
-  Result<bool> wait_for_work();  // false: the VMM is gone or stop() was called
-  Result<size_t> read_events();
+  void wake_server() const;
+  bool find_range(RemotePtr address, size_t* index) const;
+  bool vm_is_gone() const;
+
+  // Events (page_events.cpp).
+  Status start_answerers();
+  void end_answerers();
+  void run_answerer();
+  Status answer_until_halted();
+  void begin_answer(uint64_t turn);
+  bool end_answer(uint64_t& turn);
+  bool watch_reader();  // false: it may be left alone until it asks
+  std::optional<Fault> wait_for_turn(std::optional<uint64_t>& turn);
+  std::optional<Fault> take_queued();
+  void queue_faults(std::span<const Fault> faults);
+  void postpone(const Fault& fault);
+  Result<std::optional<Fault>> read_fault();
+  Status wait_for_events() const;
+  std::optional<Fault> fault_of(const UffdEvent& event);
   void note_removals(const std::vector<UffdEvent>& events);
   void note_removed(RemotePtr start, uint64_t length);
-  Status answer_faults();
-  Result<Answer> answer(const Fault& fault);
-  Result<Answer> give_zero(const ServedRange& range, RemotePtr at);
-  Result<bool> read_unit(const ServedRange& range, uint64_t first_page);
+
+  // Answers (page_answer.cpp).
+  Status settle(const Fault& fault, std::span<std::byte> buffer);
+  Result<Answer> answer(const Fault& fault, std::span<std::byte> buffer);
+  Result<Answer> lift_protection(const Fault& fault);
+  Result<bool> read_unit(const ServedRange& range, uint64_t first_page,
+                         std::span<std::byte> buffer) const;
+  Result<Uffd::Copied> put(size_t range, RemotePtr at, std::span<const std::byte> bytes);
+  Result<Answer> give_zero(size_t range, RemotePtr at);
   Result<Answer> give_up(const ServedRange& range, uint64_t first_page, const std::string& why);
+  Result<Answer> poison(const ServedRange& range, uint64_t first_page, bool* poisoned);
+  void count_filled(std::atomic<uint64_t>& counter, uint64_t pages);
 
   // The background fill (page_fill.cpp).
   struct Piece {
     DecodedExtent::State state;
     uint64_t pages;
   };
+  Result<ServeEnd> fill_until_end();
+  bool may_fill() const;
+  Result<bool> wait_for_work();  // false: the VMM is gone, stop() was called, or a thread failed
+  Status start_source();
   Status fill(uint64_t budget);
   Result<uint64_t> fill_piece(uint64_t budget);
   Piece next_piece(uint64_t unit_pages, uint64_t budget) const;
   bool nothing_left() const;
   Status release_ranges();
-
-  bool find_range(RemotePtr address, size_t* index) const;
-  bool vm_is_gone() const;
-  void count_filled(std::atomic<uint64_t>& counter, uint64_t pages);
 
   const Uffd& uffd_;
   const ImageReader& reader_;
@@ -145,23 +185,42 @@ class PageServer {
   const std::vector<ServedRange> ranges_;
   const PageServerOptions options_;
 
-  Fd called_;  // eventfd: one of the two flags was set
-  std::atomic<bool> stop_ = false, fill_ = false;
-  bool filled_ = false;
-  std::unique_ptr<PageSource> source_;
-  DecodedExtent* extent_ = nullptr;          // being copied by the fill
-  uint64_t extent_done_ = 0;                 // pages of it
-  std::vector<Fault> waiting_;               // read and not yet answered
+  Fd called_;  // eventfd: something changed, for the thread in serve()
+  Fd halt_;    // eventfd: the answerers are to end
+  std::atomic<bool> stop_ = false, fill_ = false, halted_ = false;
+
+  // Held alone to read events and mark what they tell, shared to look at a mark
+  // and copy.
+  std::shared_mutex order_;
+  std::vector<std::byte> zeros_;  // one unit, where zero pages must be copied
+  std::vector<std::thread> answerers_;
+  std::atomic<uint64_t> turn_ = 0;         // see begin_answer()
+  std::atomic<bool> unwatched_ = false;    // the thread in serve() is to be woken to watch
+  std::mutex queue_mutex_;                 // of the next five
+  std::condition_variable queue_changed_;
+  std::deque<Fault> queue_;                // read, and nobody settles them yet
+  std::optional<uint64_t> free_turn_ = 0;  // the reader's role is free, and turn_ is this
+  unsigned idle_answerers_ = 0;
+  std::optional<Error> failed_;            // of an answerer
+  std::atomic<size_t> queued_ = 0;         // queue_.size()
+  std::mutex unreadable_mutex_;      // of the next two
   std::unordered_set<uint64_t> unreadable_;  // first pages of units already given up
   std::vector<RemoteRange> left_missing_;    // those that could not be poisoned
-  std::vector<std::byte> buffer_;            // one unit
-  std::vector<std::byte> zeros_;             // one huge unit, where zero pages must be copied
-  Clock::time_point last_fault_;
-  bool stalled_ = false;  // the last step got EAGAIN: do not spin
-  bool passed_half_ = false;
+  std::unique_ptr<std::atomic<bool>[]> protect_;  // of each range: arrives write-protected
+  std::atomic<Clock::time_point> last_fault_ = Clock::time_point();
+
+  // Of the thread in serve().
+  uint64_t watched_turn_ = 0;
+  Clock::time_point watched_since_;
+  bool filled_ = false;
+  std::unique_ptr<PageSource> source_;
+  DecodedExtent* extent_ = nullptr;  // being copied by the fill
+  uint64_t extent_done_ = 0;         // pages of it
+  bool stalled_ = false;             // the last step got EAGAIN: do not spin
 
   LatencyHistogram latency_;
   uint64_t data_pages_ = 0;
+  std::atomic<bool> passed_half_ = false;
   std::atomic<uint64_t> filled_by_fault_ = 0, filled_by_background_ = 0, found_filled_ = 0;
   std::atomic<uint64_t> removed_ = 0, poisoned_ = 0, missing_ = 0, faults_ = 0;
 };

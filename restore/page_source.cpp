@@ -5,16 +5,42 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
+#include <utility>
+
+#include "formats/store/recorded_working_set.h"
 
 namespace vmsnap {
+
+namespace {
+
+// Pages of the working set that are no farther apart are loaded together with
+// what is between them: one copy for all costs less than one for each.
+constexpr uint64_t near = 16;
+
+constexpr std::array prefetch_names = {std::string_view("none"), std::string_view("working-set"),
+                                       std::string_view("all")};
+
+}  // namespace
+
+std::string_view prefetch_name(Prefetch prefetch) {
+  return prefetch_names[static_cast<size_t>(prefetch)];
+}
+
+Result<Prefetch> parse_prefetch(std::string_view name) {
+  for (size_t i = 0; i < prefetch_names.size(); ++i) {
+    if (prefetch_names[i] == name) return static_cast<Prefetch>(i);
+  }
+  return fail(ErrorCode::usage, "'{}' is none of none, working-set, all", name);
+}
 
 Result<std::unique_ptr<PageSource>> PageSource::start(const ImageReader& reader,
                                                       const PageMarks& marks,
                                                       const std::vector<ServedRange>& ranges,
-                                                      unsigned threads) {
-  std::unique_ptr<PageSource> source(new PageSource(reader, marks, ranges));
+                                                      Prefetch prefetch, unsigned threads) {
+  std::unique_ptr<PageSource> source(new PageSource(reader, marks, ranges, prefetch));
   source->ready_ = Fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!source->ready_) return fail_errno(errno, "cannot make an eventfd");
   // Each decoder may hold one while another waits to be taken, and the taker one.
@@ -104,48 +130,63 @@ void PageSource::run_decoder() {
 // An image without one, or with one that cannot be read, is filled in the order
 // of its pages.
 void PageSource::order_working_set() {
-  for (const uint64_t page : reader_.working_set().value_or(std::vector<uint64_t>())) {
+  const auto pages = best_working_set(reader_).value_or(std::vector<uint64_t>());
+  std::vector<Run> single;
+  for (size_t rank = 0; rank < pages.size(); ++rank) {
+    const uint64_t page = pages[rank];
     for (size_t i = 0; i < ranges_.size(); ++i) {
       const ServedRange& range = ranges_[i];
       if (page < range.first_page || page - range.first_page >= range.page_count()) continue;
-      const uint64_t index = (page - range.first_page) / DecodedExtent::max_pages;
-      const std::pair extent(i, range.first_page + index * DecodedExtent::max_pages);
-      if (in_working_set_.insert(extent).second) working_set_.push_back(extent);
+      const uint64_t unit_pages = range.unit / page_size;
+      const uint64_t unit = (page - range.first_page) / unit_pages;
+      single.push_back({i, range.first_page + unit * unit_pages, unit_pages, rank});
     }
   }
+  std::ranges::sort(single, {}, [](const Run& run) { return std::pair(run.range, run.first_page); });
+  for (const Run& run : single) {
+    if (!working_set_.empty()) {
+      Run& last = working_set_.back();
+      const uint64_t joined = run.first_page + run.pages - last.first_page;
+      if (last.range == run.range && joined <= DecodedExtent::max_pages &&
+          run.first_page < last.first_page + last.pages + near) {
+        last.pages = joined;
+        last.rank = std::min(last.rank, run.rank);
+        continue;
+      }
+    }
+    working_set_.push_back(run);
+  }
+  std::ranges::sort(working_set_, {}, &Run::rank);
 }
 
-void PageSource::set_extent(DecodedExtent& extent, size_t range, uint64_t first_page) const {
-  const uint64_t end = ranges_[range].first_page + ranges_[range].page_count();
-  extent.range = range;
-  extent.first_page = first_page;
-  extent.pages = std::min(DecodedExtent::max_pages, end - first_page);
-}
-
-// Finds the next extent that has data; false when there is none.
+// Finds the next extent to load; false when there is none.
 bool PageSource::claim(DecodedExtent& extent) {
   std::lock_guard lock(claim_mutex_);
   if (next_of_working_set_ < working_set_.size()) {
-    const auto& [range, first_page] = working_set_[next_of_working_set_++];
-    set_extent(extent, range, first_page);
+    const Run& run = working_set_[next_of_working_set_++];
+    extent.range = run.range;
+    extent.first_page = run.first_page;
+    extent.pages = run.pages;
     return true;
   }
+  return prefetch_ == Prefetch::all && claim_of_rest(extent);
+}
+
+bool PageSource::claim_of_rest(DecodedExtent& extent) {
   for (; next_range_ < ranges_.size(); ++next_range_, next_page_ = 0) {
     const ServedRange& range = ranges_[next_range_];
     const uint64_t end = range.first_page + range.page_count();
     next_page_ = std::max(next_page_, range.first_page);
-    while (next_page_ < end) {
-      // A part of the page tree that cannot be read: its pages are tried one by
-      // one, so that each is found unreadable.
-      const uint64_t page = reader_.next_data_page(next_page_).value_or(next_page_);
-      if (page >= end) break;
-      const uint64_t index = (page - range.first_page) / DecodedExtent::max_pages;
-      const uint64_t first_page = range.first_page + index * DecodedExtent::max_pages;
-      next_page_ = first_page + DecodedExtent::max_pages;
-      if (in_working_set_.contains({next_range_, first_page})) continue;  // it has been
-      set_extent(extent, next_range_, first_page);
-      return true;
-    }
+    // A part of the page tree that cannot be read: its pages are tried one by
+    // one, so that each is found unreadable.
+    const uint64_t page = reader_.next_data_page(next_page_).value_or(next_page_);
+    if (page >= end) continue;
+    const uint64_t index = (page - range.first_page) / DecodedExtent::max_pages;
+    extent.range = next_range_;
+    extent.first_page = range.first_page + index * DecodedExtent::max_pages;
+    extent.pages = std::min(DecodedExtent::max_pages, end - extent.first_page);
+    next_page_ = extent.first_page + extent.pages;
+    return true;
   }
   return false;
 }

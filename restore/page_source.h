@@ -1,11 +1,12 @@
 // Pages of an image decoded ahead of the background fill, by threads of its
 // own, into a bounded number of buffers.
 //
-// The unit is an extent: up to 512 neighbouring pages (2 MiB, also one huge
-// page) of a served range that has data. Extents without data are never
-// visited. Those that the image says were written first after its instant, its
-// working set, come first. Memory: `slots` extents of 2 MiB, no more; when all are full the
-// decoders wait.
+// The unit is an extent: up to 512 neighbouring pages of a served range. First
+// come those of the working set (recorded_working_set.h), in its order: its
+// pages alone, or with those between two of them that are near each other. Then
+// the rest, in extents of 2 MiB (also one huge page) that have data; extents
+// without data are never visited. Memory: `slots` extents of 2 MiB, no more;
+// when all are full the decoders wait.
 #pragma once
 
 #include <array>
@@ -15,10 +16,9 @@
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <string>
+#include <string_view>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "formats/file.h"
@@ -44,6 +44,13 @@ struct ServedRange {
   }
 };
 
+// What is loaded that nobody has touched yet.
+enum class Prefetch { none, working_set, all };
+
+// "none", "working-set", "all".
+std::string_view prefetch_name(Prefetch prefetch);
+Result<Prefetch> parse_prefetch(std::string_view name);
+
 struct DecodedExtent {
   static constexpr uint64_t max_pages = 512;
   enum class State : uint8_t { zero, data, unreadable };
@@ -67,7 +74,7 @@ class PageSource {
   static Result<std::unique_ptr<PageSource>> start(const ImageReader& reader,
                                                    const PageMarks& marks,
                                                    const std::vector<ServedRange>& ranges,
-                                                   unsigned threads);
+                                                   Prefetch prefetch, unsigned threads);
   // Stops the decoders and waits for them: at most one extent's decoding.
   ~PageSource();
   PageSource(const PageSource&) = delete;
@@ -84,26 +91,34 @@ class PageSource {
   int ready_fd() const { return ready_.get(); }
 
  private:
+  // A part of the working set: neighbouring pages of one range.
+  struct Run {
+    size_t range;
+    uint64_t first_page;
+    uint64_t pages;
+    size_t rank;  // the place of its first page in the working set
+  };
+
   PageSource(const ImageReader& reader, const PageMarks& marks,
-             const std::vector<ServedRange>& ranges)
-      : reader_(reader), marks_(marks), ranges_(ranges) {}
+             const std::vector<ServedRange>& ranges, Prefetch prefetch)
+      : reader_(reader), marks_(marks), ranges_(ranges), prefetch_(prefetch) {}
 
   void order_working_set();
   void run_decoder();
   bool claim(DecodedExtent& extent);
-  void set_extent(DecodedExtent& extent, size_t range, uint64_t first_page) const;
+  bool claim_of_rest(DecodedExtent& extent);
   void decode(DecodedExtent& extent) const;
   void signal_ready() const;
 
   const ImageReader& reader_;
   const PageMarks& marks_;
   const std::vector<ServedRange>& ranges_;
+  const Prefetch prefetch_;
   Fd ready_;
 
   std::mutex claim_mutex_;  // held while the page tree is read: never by the taker
-  std::vector<std::pair<size_t, uint64_t>> working_set_;  // range and first page of an extent
+  std::vector<Run> working_set_;
   size_t next_of_working_set_ = 0;
-  std::set<std::pair<size_t, uint64_t>> in_working_set_;
   size_t next_range_ = 0;
   uint64_t next_page_ = 0;
 

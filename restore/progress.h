@@ -15,7 +15,7 @@ class RestoreProgress {
   explicit RestoreProgress(CommandContext& context) : line_(context.err, context.terminal) {}
 
   // Draws at most five times a second.
-  void show(const PageServerCounters& counters);
+  void show(const PageServerCounters& counters, Prefetch prefetch = Prefetch::all);
   // Removes the line.
   void clear() { line_.clear(); }
 
@@ -26,7 +26,9 @@ class RestoreProgress {
   Clock::time_point started_ = Clock::now();
 };
 
-// "restore: filling 40 % of 1.5 GiB, 0.81 GiB/s, 2 s left, 1234 faults"
-std::string progress_line(const PageServerCounters& counters, std::chrono::duration<double> since);
+// "restore: filling 40 % of 1.5 GiB, 0.81 GiB/s, 2 s left, 1234 faults", or when
+// not all is loaded "restore: serving, 40 % of 1.5 GiB there, 1234 faults"
+std::string progress_line(const PageServerCounters& counters, std::chrono::duration<double> since,
+                          Prefetch prefetch = Prefetch::all);
 
 }  // namespace vmsnap

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include "formats/interrupt.h"
+#include "formats/working_set_file.h"
 #include "restore/launch.h"
 #include "restore/launch_rules.h"
 #include "restore/served_vm.h"
@@ -30,6 +31,16 @@ Status resume_if_due(ServedVm& vm) {
   }
   vm.record.phase = RestorePhase::running;
   return vm.dir.write(vm.record);
+}
+
+// The order in which a predecessor that was killed answered faults is lost; which
+// pages they were is not.
+void go_on_recording(ServedVm& vm) {
+  vm.recorder = std::make_unique<WorkingSetRecorder>(vm.image->page_count(),
+                                                     layout::working_set_max_pages);
+  for (uint64_t page = 0; page < vm.image->page_count(); ++page) {
+    if (vm.marks.resolved(page)) vm.recorder->add(page);
+  }
 }
 
 }  // namespace
@@ -86,7 +97,9 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
               Uffd::adopt(*std::move(uffd)),
               std::move(marks)};
   vm.record.server_pid = ::getpid();
+  if (options.prefetch) vm.record.prefetch = *options.prefetch;
   VMSNAP_CHECK(vm.dir.write(vm.record));
+  if (vm.record.record_working_set) go_on_recording(vm);
   std::unique_ptr<Serving> serving = Serving::start(vm);
   VMSNAP_CHECK(resume_if_due(vm));
   return serve_to_end(vm, std::move(serving), {options.detach, options.json, started}, context);

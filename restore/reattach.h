@@ -13,15 +13,18 @@
 //   complete, ended        nothing to do; says so
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "formats/command.h"
 #include "formats/store/image_argument.h"
+#include "restore/page_source.h"
 
 namespace vmsnap {
 
 struct ReattachOptions {
   std::string run_dir;
+  std::optional<Prefetch> prefetch;  // none: as before
   bool detach = false;
   bool json = false;
   KeySource key;  // of the store that the image is in, if it is encrypted

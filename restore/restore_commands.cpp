@@ -17,22 +17,35 @@ namespace {
 struct RestoreArguments {
   RestoreOptions options;
   std::vector<std::string> replacements;
-  std::string reattach;
+  std::string reattach, prefetch;
   std::string memory;
   unsigned clones = 0;
   bool dry_run = false;
 };
 
+void add_prefetch_option(CLI::App& command, std::string& prefetch) {
+  command
+      .add_option("--prefetch", prefetch,
+                  "What to load that was not touched: 'none', the 'working-set', or 'all' (default)")
+      ->type_name("none|working-set|all")
+      ->check(CLI::IsMember({"none", "working-set", "all"}));
+}
+
 Status run_restore(RestoreArguments& arguments, CommandContext& context) {
   RestoreOptions& options = arguments.options;
+  if (!arguments.prefetch.empty()) {
+    options.prefetch = VMSNAP_TRY(parse_prefetch(arguments.prefetch));
+  }
   if (!arguments.reattach.empty()) {
-    if (!options.image.name.empty() || !options.extra.empty()) {
+    if (!options.image.name.empty() || !options.extra.empty() || options.record_working_set) {
       return fail(ErrorCode::usage, "--reattach takes the image and the VM from its directory");
     }
     if (FarmDir::open(arguments.reattach)) {
       return reattach_farm(arguments.reattach, options.image.store.key, options.json, context);
     }
-    return reattach_vm({arguments.reattach, options.detach, options.json, options.image.store.key}, context);
+    return reattach_vm({arguments.reattach, options.prefetch, options.detach, options.json,
+                        options.image.store.key},
+                       context);
   }
   if (options.image.name.empty()) {
     return tl::unexpected(Error(ErrorCode::usage, "restore wants an image")
@@ -42,6 +55,9 @@ Status run_restore(RestoreArguments& arguments, CommandContext& context) {
     options.replacements.push_back(VMSNAP_TRY(parse_replacement(text)));
   }
   if (arguments.clones > 0 && !arguments.dry_run) {
+    if (options.record_working_set) {
+      return fail(ErrorCode::usage, "--record-working-set is for a restore of one VM");
+    }
     CloneOptions clones{.vm = options, .count = arguments.clones};
     if (!arguments.memory.empty()) clones.memory = VMSNAP_TRY(parse_size(arguments.memory));
     return start_clones(clones, context);
@@ -73,6 +89,9 @@ void add_restore(CLI::App& app, CommandContext& context) {
                       "Executable to start instead of the recorded one");
   command->add_option("--chdir", arguments->options.chdir,
                       "Directory to start it in instead of the recorded one");
+  add_prefetch_option(*command, arguments->prefetch);
+  command->add_flag("--record-working-set", arguments->options.record_working_set,
+                    "Note which pages are touched first, for later restores of this image");
   command->add_flag("--start-paused", arguments->options.start_paused,
                     "Leave the VM paused when it is loaded");
   command->add_flag("--fix-clock", arguments->options.fix_clock,
@@ -89,6 +108,7 @@ void add_restore(CLI::App& app, CommandContext& context) {
       "  vmsnap restore vm.img\n"
       "  vmsnap restore --store /backup/vms latest --vm web1\n"
       "  vmsnap restore vm.img --run-dir /run/copy --detach --json\n"
+      "  vmsnap restore vm.img --prefetch none --record-working-set\n"
       "  vmsnap restore vm.img --replace /disks/vm.qcow2=/disks/copy.qcow2\n"
       "  vmsnap restore vm.img -- -netdev user,id=net0\n"
       "  vmsnap restore vm.img --clones 30 --run-dir /run/farm --detach\n"
@@ -123,17 +143,24 @@ void add_clones(CLI::App& app, CommandContext& context) {
 
 void add_serve(CLI::App& app, CommandContext& context) {
   auto options = std::make_shared<ServeOptions>();
+  auto prefetch = std::make_shared<std::string>("all");
   CLI::App* command =
       app.add_subcommand("serve", "Serve pages of an image to Firecracker-style VMMs");
   add_image_argument(*command, options->image)->required();
   command->add_option("--socket", options->socket, "Unix socket to listen on")->required();
+  add_prefetch_option(*command, *prefetch);
+  command->add_flag("--write-protect", options->write_protect,
+                    "Pages arrive write-protected, where the VMM registered for that");
   command->add_flag("--once", options->once, "End when the first VMM has gone");
   command->footer(
       "Examples:\n"
       "  vmsnap serve vm.img --socket /run/uffd.sock\n"
       "  vmsnap serve vm.img --socket /run/uffd.sock --once");
-  command->callback([options, &context] {
-    context.run = [options, &context] { return serve(*options, context); };
+  command->callback([options, prefetch, &context] {
+    context.run = [options, prefetch, &context]() -> Status {
+      options->prefetch = VMSNAP_TRY(parse_prefetch(*prefetch));
+      return serve(*options, context);
+    };
   });
 }
 

@@ -41,6 +41,12 @@ Result<std::string> text(const nlohmann::json& json, const char* field) {
   return found->get<std::string>();
 }
 
+Result<bool> flag(const nlohmann::json& json, const char* field) {
+  const auto found = json.find(field);
+  if (found == json.end() || !found->is_boolean()) return tl::unexpected(wrong(field));
+  return found->get<bool>();
+}
+
 Result<ServedRange> range_from_json(const nlohmann::json& json) {
   if (!json.is_object()) return tl::unexpected(wrong("ranges"));
   ServedRange range;
@@ -108,6 +114,8 @@ nlohmann::json to_json(const RestoreRecord& record) {
                          {"start_time", record.start_time},
                          {"server_pid", record.server_pid},
                          {"resume", record.resume},
+                         {"prefetch", prefetch_name(record.prefetch)},
+                         {"record_working_set", record.record_working_set},
                          {"ready_ms", record.ready_ms},
                          {"ranges", std::move(ranges)},
                          {"counters", record.counters}};
@@ -136,12 +144,16 @@ Result<RestoreRecord> restore_record_from_json(const nlohmann::json& json) {
   if (json.contains("uffd")) {
     record.uffd = static_cast<int>(VMSNAP_TRY(number(json, "uffd", 1 << 30)));
   }
-  const auto resume = json.find("resume");
-  if (resume == json.end() || !resume->is_boolean()) return tl::unexpected(wrong("resume"));
-  record.resume = resume->get<bool>();
-  if (const auto clone = json.find("clone"); clone != json.end()) {
-    if (!clone->is_boolean()) return tl::unexpected(wrong("clone"));
-    record.clone = clone->get<bool>();
+  record.resume = VMSNAP_TRY(flag(json, "resume"));
+  // Not there: an older vmsnap wrote it.
+  if (json.contains("prefetch")) {
+    const auto prefetch = parse_prefetch(VMSNAP_TRY(text(json, "prefetch")));
+    if (!prefetch) return tl::unexpected(wrong("prefetch"));
+    record.prefetch = *prefetch;
+  }
+  if (json.contains("clone")) record.clone = VMSNAP_TRY(flag(json, "clone"));
+  if (json.contains("record_working_set")) {
+    record.record_working_set = VMSNAP_TRY(flag(json, "record_working_set"));
   }
   const auto ready = json.find("ready_ms");
   if (ready == json.end() || !ready->is_number()) return tl::unexpected(wrong("ready_ms"));

@@ -50,6 +50,8 @@ struct RestoreRecord {
   pid_t server_pid = 0;     // of the page server, for people
   bool resume = true;       // the VM is to run when it is loaded
   bool clone = false;       // served by the farm in the directory above
+  Prefetch prefetch = Prefetch::all;
+  bool record_working_set = false;  // in the order of its faults, beside the image
   double ready_ms = 0;      // from the command to the running guest
   std::vector<ServedRange> ranges;
   nlohmann::json counters = nlohmann::json::object();  // for people

@@ -20,6 +20,7 @@
 #include "formats/log.h"
 #include "restore/firecracker.h"
 #include "restore/page_server.h"
+#include "restore/privileges.h"
 
 namespace vmsnap {
 
@@ -98,8 +99,11 @@ Peer peer_of(int socket) {
 // One VMM, from its connection to its end.
 class Session {
  public:
-  Session(Fd connection, const ImageReader& image)
-      : connection_(std::move(connection)), image_(image), thread_([this] { run(); }) {}
+  Session(Fd connection, const ImageReader& image, const ServeOptions& options)
+      : connection_(std::move(connection)),
+        image_(image),
+        options_(options),
+        thread_([this] { run(); }) {}
   ~Session() {
     stop();
     thread_.join();
@@ -131,6 +135,8 @@ class Session {
     PageMarks marks = VMSNAP_TRY(PageMarks::in_memory(image_.page_count()));
     PageServerOptions options;
     options.release = false;
+    options.prefetch = options_.prefetch;
+    options.write_protect = options_.write_protect;
     options.pidfd = peer.pidfd.get();
     options.vm = peer.name;
     log_info("{}: serving {} regions", peer.name, handshake.ranges.size());
@@ -157,6 +163,7 @@ class Session {
 
   Fd connection_;
   const ImageReader& image_;
+  const ServeOptions& options_;
   std::mutex mutex_;
   PageServer* server_ = nullptr;  // while it serves
   bool stopped_ = false;
@@ -171,7 +178,7 @@ class SessionList {
  public:
   static constexpr size_t limit = 256;
 
-  Status accept_all(int listener, const ImageReader& image) {
+  Status accept_all(int listener, const ImageReader& image, const ServeOptions& options) {
     while (sessions_.size() < limit) {
       Fd connection(::accept4(listener, nullptr, nullptr, SOCK_CLOEXEC));
       if (!connection) {
@@ -182,7 +189,7 @@ class SessionList {
         }
         return fail_errno(errno, "cannot accept a connection");
       }
-      sessions_.push_back(std::make_unique<Session>(std::move(connection), image));
+      sessions_.push_back(std::make_unique<Session>(std::move(connection), image, options));
     }
     return {};
   }
@@ -225,6 +232,7 @@ Status serve(const ServeOptions& options, CommandContext& context) {
   const auto image = VMSNAP_TRY(open_image(options.image));
   const Fd listener = VMSNAP_TRY(listen_on(options.socket));
   const SocketFile file(options.socket);
+  VMSNAP_CHECK(drop_privileges(image->path()));
   context.out << fmt::format("serving {} ({} pages) on {}\n", image->path(), image->page_count(),
                              options.socket)
               << std::flush;
@@ -234,7 +242,9 @@ Status serve(const ServeOptions& options, CommandContext& context) {
     // The limit is for what no descriptor tells of: a session that ended, a
     // signal that another thread took.
     pollfd incoming = {listener.get(), POLLIN, 0};
-    if (::poll(&incoming, 1, 100) > 0) VMSNAP_CHECK(sessions.accept_all(listener.get(), *image));
+    if (::poll(&incoming, 1, 100) > 0) {
+      VMSNAP_CHECK(sessions.accept_all(listener.get(), *image, options));
+    }
     if (sessions.reap() && options.once) break;
   }
   if (sessions.unreadable() == 0) return {};

@@ -7,18 +7,24 @@
 // are answered with zeros. A VMM's end is seen by its process (SO_PEERPIDFD,
 // Linux 6.5, or the pid of SO_PEERCRED), or by asking its address space once a
 // second where the process cannot be seen.
+//
+// Once it listens and the image is open it gives up all privileges but its user
+// id (privileges.h).
 #pragma once
 
 #include <string>
 
 #include "formats/command.h"
 #include "formats/store/image_argument.h"
+#include "restore/page_source.h"
 
 namespace vmsnap {
 
 struct ServeOptions {
   ImageArgument image;
   std::string socket;  // path; made with mode 0600, removed at the end
+  Prefetch prefetch = Prefetch::all;
+  bool write_protect = false;  // pages arrive so, where the VMM registered for that
   bool once = false;   // end when the first VMM that was served has gone
 };
 

@@ -1,5 +1,6 @@
 #include "restore/served_vm.h"
 
+#include <signal.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -9,6 +10,8 @@
 #include "formats/interrupt.h"
 #include "formats/log.h"
 #include "restore/background.h"
+#include "formats/store/recorded_working_set.h"
+#include "formats/working_set_file.h"
 #include "restore/progress.h"
 #include "snap/vmm/handover.h"
 
@@ -21,7 +24,13 @@ Result<uint64_t> wanted_features() {
 
 std::unique_ptr<Serving> Serving::start(ServedVm& vm) {
   PageServerOptions options;
-  options.fill = false;
+  options.prefetch = vm.record.prefetch;
+  options.prefetch_at_once = false;
+  if (vm.record.record_working_set && !vm.recorder) {
+    vm.recorder = std::make_unique<WorkingSetRecorder>(vm.image->page_count(),
+                                                       layout::working_set_max_pages);
+  }
+  options.recorder = vm.recorder.get();
   options.pidfd = vm.process.pidfd();
   options.vm = vm.process.describe();
   const auto features = Uffd::kernel_features();
@@ -60,6 +69,11 @@ nlohmann::json to_json(const PageServerCounters& counters) {
 
 namespace {
 
+std::string_view what_it_does(const RestoreRecord& record) {
+  if (record.phase == RestorePhase::ended) return "has ended; it ran";
+  return record.resume ? "runs" : "is paused";
+}
+
 void print_summary(const ServedVm& vm, const PageServerCounters& counters,
                    const ServeManner& manner, CommandContext& context) {
   const ImageSummary& image = vm.image->summary();
@@ -88,7 +102,7 @@ void print_summary(const ServedVm& vm, const PageServerCounters& counters,
         "  monitor {}\n"
         "  pages   {} zero, {} by faults, {} in the background, {} of {} to come\n"
         "  faults  {}, answered in {:.0f} us (median), {:.0f} us (99 %), {:.0f} us (longest)\n",
-        vm.process.describe(), vm.record.resume ? "runs" : "is paused", vm.record.ready_ms,
+        vm.process.describe(), what_it_does(vm.record), vm.record.ready_ms,
         vm.dir.path(), vm.record.qmp, image.zero_pages, counters.filled_by_fault,
         counters.filled_by_background + counters.found_filled,
         counters.data_pages - std::min(counters.data_pages, counters.filled()), counters.data_pages,
@@ -97,10 +111,24 @@ void print_summary(const ServedVm& vm, const PageServerCounters& counters,
   context.out.flush();
 }
 
+// A hint for the next restore: that it cannot be written harms nobody.
+void save_recorded(const ServedVm& vm) {
+  if (!vm.recorder) return;
+  const std::vector<uint64_t> pages = vm.recorder->pages();
+  const Status saved = save_working_set(*vm.image, pages);
+  if (!saved) {
+    log_warning("the working set is not recorded: {}", saved.error().message());
+    return;
+  }
+  log_info("{} pages of the working set recorded in {}", pages.size(),
+           working_set_path(*vm.image));
+}
+
 // After the page server: writes down how it ended and lets go of the VM.
 Status conclude(ServedVm& vm, const Result<ServeEnd>& end, const PageServerCounters& counters) {
   vm.record.counters = to_json(counters);
   vm.record.server_pid = 0;
+  save_recorded(vm);
   if (!end) {
     (void)vm.dir.write(vm.record);
     return tl::unexpected(
@@ -112,9 +140,11 @@ Status conclude(ServedVm& vm, const Result<ServeEnd>& end, const PageServerCount
     vm.record.phase = RestorePhase::ended;
     VMSNAP_CHECK(vm.dir.write(vm.record));
     vm.dir.finish();
+    if (vm.record.prefetch != Prefetch::all) return {};
     return fail(ErrorCode::vm, "process {} ended before all of its memory was there",
                 vm.record.pid);
   }
+  if (*end == ServeEnd::stopped) return vm.dir.write(vm.record);
   vm.record.phase = RestorePhase::filled;
   VMSNAP_CHECK(vm.dir.write(vm.record));
   if (counters.left_missing > 0) {
@@ -140,6 +170,8 @@ Status conclude(ServedVm& vm, const Result<ServeEnd>& end, const PageServerCount
                        "what is damaged."));
 }
 
+volatile sig_atomic_t told_to_end = 0;
+
 // Goes on serving in a child; returns its number, here in the parent. The
 // guest's faults wait for the millisecond in between.
 Result<pid_t> serve_in_background(ServedVm& vm) {
@@ -147,15 +179,20 @@ Result<pid_t> serve_in_background(ServedVm& vm) {
   if (child < 0) return fail_errno(errno, "cannot start a background process");
   if (child > 0) return child;
   become_background(vm.dir.file("vmsnap.log"));
+  // One that records writes that down first.
+  if (vm.recorder) ::signal(SIGTERM, [](int) { told_to_end = 1; });
   vm.record.server_pid = ::getpid();
   Status written = vm.dir.write(vm.record);
   if (!written) log_warning("{}", written.error().message());
   const auto serving = Serving::start(vm);
   serving->begin_fill();
-  const Result<ServeEnd> end = serving->wait();
+  while (!serving->ended() && !told_to_end) ::usleep(50000);
+  const Result<ServeEnd> end = serving->stop();
   const Status concluded = conclude(vm, end, serving->counters());
   if (concluded) {
-    log_info("all pages are there");
+    log_info("{}", *end == ServeEnd::filled    ? "all pages are there"
+                   : *end == ServeEnd::vm_gone ? "the VM has ended"
+                                               : "told to end");
     ::_exit(0);
   }
   log_line(LogLevel::error, concluded.error().message());
@@ -171,7 +208,7 @@ Status serve_to_end(ServedVm& vm, std::unique_ptr<Serving> serving, const ServeM
   RestoreProgress progress(context);
   while (!manner.detach && !serving->ended() && !interrupted()) {
     ::usleep(20000);
-    progress.show(serving->counters());
+    progress.show(serving->counters(), vm.record.prefetch);
   }
   progress.clear();
   const bool was_interrupted = !manner.detach && !serving->ended();
@@ -180,7 +217,9 @@ Status serve_to_end(ServedVm& vm, std::unique_ptr<Serving> serving, const ServeM
   serving.reset();
   if (!end || *end != ServeEnd::stopped) {
     const Status concluded = conclude(vm, end, counters);
-    if (end && *end == ServeEnd::filled) print_summary(vm, counters, manner, context);
+    if (concluded || (end && *end == ServeEnd::filled)) {
+      print_summary(vm, counters, manner, context);
+    }
     return concluded;
   }
 

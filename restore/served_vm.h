@@ -12,6 +12,7 @@
 #include "restore/page_marks.h"
 #include "restore/page_server.h"
 #include "restore/run_dir.h"
+#include "restore/working_set_recorder.h"
 #include "snap/vmm/process.h"
 #include "snap/vmm/uffd.h"
 
@@ -24,6 +25,7 @@ struct ServedVm {
   Process process;
   Uffd uffd;
   PageMarks marks;
+  std::unique_ptr<WorkingSetRecorder> recorder = nullptr;  // if the record says so
 };
 
 // The features that a restore asks of userfaultfd(2) here: page_server_features,
@@ -33,7 +35,7 @@ Result<uint64_t> wanted_features();
 // A page server in a thread of its own. One thread uses this.
 class Serving {
  public:
-  // `vm` must outlive this.
+  // As the record says. `vm` must outlive this.
   static std::unique_ptr<Serving> start(ServedVm& vm);
   ~Serving();  // stops it
 
@@ -66,7 +68,9 @@ struct ServeManner {
 // asked, or after SIGINT, SIGTERM or SIGHUP: then a child process goes on
 // serving (its log is DIR/vmsnap.log) and this returns in the parent, with
 // ErrorCode::interrupted if it was a signal. ErrorCode::poisoned when pages
-// could not be read back, ErrorCode::vm when the VM ended first.
+// could not be read back, ErrorCode::vm when the VM ended first; if the record
+// wants less than all pages loaded, its end is what is waited for. A recorded
+// working set is written in any case.
 Status serve_to_end(ServedVm& vm, std::unique_ptr<Serving> serving, const ServeManner& manner,
                     CommandContext& context);
 

@@ -71,6 +71,10 @@ Status VmStart::prepare() {
   vm_->record.image = std::filesystem::absolute(vm_->image->path()).string();
   vm_->record.image_id = vm_->image->info().id;
   vm_->record.resume = resume;
+  // What is loaded ahead raises no fault, and would be missing in the record.
+  vm_->record.prefetch =
+      options_.prefetch.value_or(options_.record_working_set ? Prefetch::none : Prefetch::all);
+  vm_->record.record_working_set = options_.record_working_set;
   vm_->record.server_pid = ::getpid();
   vm_->record.qmp = vm_->dir.file("qmp.sock");
   request.run_dir = vm_->dir.path();

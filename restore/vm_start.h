@@ -15,6 +15,7 @@
 #include <chrono>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -34,6 +35,8 @@ struct RestoreOptions {
   std::string chdir;    // empty: the recorded working directory
   std::vector<Replacement> replacements;
   std::vector<std::string> extra;
+  std::optional<Prefetch> prefetch;  // none: all, or nothing when recording
+  bool record_working_set = false;
   bool start_paused = false;
   bool fix_clock = false;  // set the guest's clock, through its agent
   bool detach = false;

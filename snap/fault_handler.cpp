@@ -181,7 +181,8 @@ Status FaultHandler::handle_missing(CapturedPiece& piece, uint64_t unit) {
       case CopyOutcome::copied: return {};
       case CopyOutcome::already_there: return state_.uffd.wake(range);
       case CopyOutcome::try_again: continue;
-      case CopyOutcome::no_mapping: return state_.uffd.wake(range);
+      case CopyOutcome::no_mapping:
+      case CopyOutcome::cannot_protect: return state_.uffd.wake(range);
       case CopyOutcome::no_memory:
         return fail(ErrorCode::vm, "no memory for a page that {} touched", state_.process.describe());
     }

@@ -82,6 +82,7 @@ class Pruner {
   Status add_needed(const std::string& directory);
   Status condemn_dead_packs();
   Status delete_condemned();
+  Status delete_working_sets();
 
   Store& store_;
   const StorePaths& paths_;
@@ -246,6 +247,22 @@ Status Pruner::delete_condemned() {
   return {};
 }
 
+// Those of snapshots that are neither there nor in the trash.
+Status Pruner::delete_working_sets() {
+  std::error_code error;
+  if (!fs::exists(paths_.working_sets(), error)) return {};
+  for (const std::string& id : VMSNAP_TRY(manifest_ids(paths_.working_sets()))) {
+    // Nothing is taken back meanwhile.
+    const StoreLock lock = VMSNAP_TRY(StoreLock::commit(paths_));
+    if (fs::exists(paths_.snapshot(id), error) || fs::exists(paths_.in_trash(id), error)) continue;
+    const std::string path = paths_.working_set(id);
+    if (::unlink(path.c_str()) < 0 && errno != ENOENT) {
+      return fail_errno(errno, "cannot remove {}", path);
+    }
+  }
+  return {};
+}
+
 Result<PruneReport> Pruner::run() {
   const StoreLock lock = VMSNAP_TRY(StoreLock::maintain(paths_, options_.lock_wait));
   VMSNAP_CHECK(list());
@@ -268,6 +285,7 @@ Result<PruneReport> Pruner::run() {
   report_.repacked = VMSNAP_TRY(repack(store_, repacking));
   VMSNAP_CHECK(condemn_dead_packs());
   VMSNAP_CHECK(delete_condemned());
+  VMSNAP_CHECK(delete_working_sets());
   return std::move(report_);
 }
 

@@ -20,11 +20,13 @@ struct StorePaths {
   std::string quarantine() const { return root + "/quarantine"; }
   std::string index() const { return root + "/index"; }
   std::string temporary() const { return root + "/tmp"; }
+  std::string working_sets() const { return root + "/working-sets"; }
   std::string verified() const { return root + "/verified.json"; }
 
   // `id`: 32 hexadecimal digits.
   std::string snapshot(const std::string& id) const { return snapshots() + "/" + id; }
   std::string in_trash(const std::string& id) const { return trash() + "/" + id; }
+  std::string working_set(const std::string& id) const { return working_sets() + "/" + id; }
   std::string pack(const layout::ImageId& id) const;
 
   // Where the pack is now: under its name, waiting to be deleted, or in

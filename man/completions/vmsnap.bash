@@ -58,6 +58,8 @@ _vmsnap() {
       '') ;;
       N | SECONDS | PID | START-END | DURATION | TAG | NAME | COMMAND | SIZE | PERCENT) return ;;
       none) COMPREPLY=($(compgen -W none -- "$word")); return ;;
+      'none|working-set|all')
+        COMPREPLY=($(compgen -W 'none working-set all' -- "$word")); return ;;
       'keep|split') COMPREPLY=($(compgen -W 'keep split' -- "$word")); return ;;
       *) COMPREPLY=($(compgen -f -- "$word")); compopt -o filenames 2>/dev/null; return ;;
     esac

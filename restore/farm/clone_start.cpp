@@ -169,7 +169,7 @@ Status CloneStarter::join_or_make_farm() {
   }
   setup.record.image = std::filesystem::absolute(image_->path()).string();
   setup.record.image_id = image_->info().id;
-  setup.record.prefetch = options_.prefetch;
+  setup.record.prefetch = options_.vm.prefetch.value_or(Prefetch::all);
   setup.record.memory = options_.memory;
   VMSNAP_CHECK(farm_->write(setup.record));
   setup.image = VMSNAP_TRY(open_image(options_.vm.image));  // the keeper's own

@@ -19,7 +19,6 @@ namespace vmsnap {
 struct CloneOptions {
   RestoreOptions vm;  // for each; its run_dir is the farm's
   unsigned count = 1;
-  bool prefetch = true;
   uint64_t memory = 0;  // limit of the shared pages, bytes; 0: none
 };
 

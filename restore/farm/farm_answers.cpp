@@ -192,7 +192,7 @@ void FarmServer::run_prefetch() {
   const std::vector<ServedRange> all = {
       {{RemotePtr(page_size), reader_.page_count() * page_size}, 0, page_size, "the image"}};
   const unsigned decoders = std::clamp(std::thread::hardware_concurrency(), 2U, 5U) - 1;
-  auto source = PageSource::start(reader_, wanted_, all, decoders);
+  auto source = PageSource::start(reader_, wanted_, all, options_.prefetch, decoders);
   if (!source) return log_warning("nothing is loaded ahead: {}", source.error().message());
   while (!stop_.load() && !(*source)->exhausted() && cache_.room() > DecodedExtent::max_pages) {
     DecodedExtent* extent = (*source)->take();

@@ -36,12 +36,14 @@ Result<FarmRecord> farm_record_from_json(const nlohmann::json& json) {
              *memory = has("memory"), *keeper = has("keeper_pid");
   if (!image || !image->is_string()) return wrong("image");
   if (!id || !id->is_string()) return wrong("image_id");
-  if (!prefetch || !prefetch->is_boolean()) return wrong("prefetch");
+  if (!prefetch || !prefetch->is_string()) return wrong("prefetch");
   if (!memory || !memory->is_number_unsigned()) return wrong("memory");
   if (!keeper || !keeper->is_number_unsigned() || *keeper > (1U << 22)) return wrong("keeper_pid");
   record.image = image->get<std::string>();
   record.image_id = id->get<std::string>();
-  record.prefetch = prefetch->get<bool>();
+  const auto parsed = parse_prefetch(prefetch->get<std::string>());
+  if (!parsed) return wrong("prefetch");
+  record.prefetch = *parsed;
   record.memory = memory->get<uint64_t>();
   record.keeper_pid = keeper->get<pid_t>();
   return record;
@@ -84,7 +86,7 @@ Status FarmDir::write(const FarmRecord& record) const {
   const nlohmann::json json = {{"version", 1},
                                {"image", record.image},
                                {"image_id", record.image_id},
-                               {"prefetch", record.prefetch},
+                               {"prefetch", prefetch_name(record.prefetch)},
                                {"memory", record.memory},
                                {"keeper_pid", static_cast<uint64_t>(record.keeper_pid)}};
   return write_small_file(file("farm.json"),

@@ -25,7 +25,7 @@ namespace vmsnap {
 struct FarmRecord {
   std::string image;  // absolute path
   std::string image_id;
-  bool prefetch = true;
+  Prefetch prefetch = Prefetch::all;
   uint64_t memory = 0;  // limit of the shared pages, bytes; 0: none
   pid_t keeper_pid = 0;
 };

@@ -53,7 +53,7 @@ Status FarmServer::start() {
   for (unsigned i = thread_count(options_.threads); i > 0; --i) {
     threads_.emplace_back([this] { run_thread(); });
   }
-  if (options_.prefetch) threads_.emplace_back([this] { run_prefetch(); });
+  if (options_.prefetch != Prefetch::none) threads_.emplace_back([this] { run_prefetch(); });
   return {};
 }
 

@@ -52,7 +52,7 @@ struct CloneToServe {
 };
 
 struct FarmServerOptions {
-  bool prefetch = true;  // bring what nobody touches, too
+  Prefetch prefetch = Prefetch::all;  // of what nobody touched
   unsigned threads = 0;  // that answer faults; 0: by the number of CPUs
 };
 

@@ -108,7 +108,7 @@ Result<PageCache::Put> PageCache::put(uint64_t first_page, std::span<const std::
 Result<PageCache::Put> PageCache::put_run(uint64_t page, std::span<const std::byte> bytes) {
   VMSNAP_CHECK(make_room(bytes.size() / page_size));
   while (!bytes.empty()) {
-    const Uffd::Copied copied = VMSNAP_TRY(uffd_.copy(address_of(page), bytes, /*wake=*/false));
+    const Uffd::Copied copied = VMSNAP_TRY(uffd_.copy(address_of(page), bytes));
     uint64_t done = copied.bytes / page_size;
     note_put(page, done);
     if (done == 0) {

@@ -8,6 +8,7 @@
 #include "formats/log.h"
 #include "restore/farm/farm_link.h"
 #include "restore/farm/farm_server.h"
+#include "restore/privileges.h"
 
 namespace vmsnap {
 
@@ -63,6 +64,8 @@ Status PageWorker::run(std::vector<KeptClone> clones, int link) {
   cache_ = VMSNAP_TRY(PageCache::attach(setup_.memory, setup_.record.memory / page_size));
   server_ = std::make_unique<FarmServer>(setup_.image, *cache_,
                                          FarmServerOptions{.prefetch = setup_.record.prefetch});
+  // Before the threads are made. The cache's userfaultfd is there by now.
+  VMSNAP_CHECK(drop_privileges(setup_.record.image));
   VMSNAP_CHECK(server_->start());
   for (KeptClone& clone : clones) {
     Fd pidfd(::fcntl(clone.process.pidfd(), F_DUPFD_CLOEXEC, 0));

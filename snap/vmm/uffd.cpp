@@ -4,6 +4,7 @@
 #include <linux/userfaultfd.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <array>
@@ -152,7 +153,11 @@ Result<std::vector<UffdEvent>> Uffd::read_events(size_t limit) const {
 }
 
 Result<std::span<const std::byte>> Uffd::read_messages(std::span<std::byte> buffer) const {
-  const ssize_t got = ::read(fd(), buffer.data(), buffer.size());
+  iovec into = {buffer.data(), buffer.size()};
+  ssize_t got = ::preadv2(fd(), &into, 1, -1, RWF_NOWAIT);
+  if (got < 0 && (errno == EOPNOTSUPP || errno == ESPIPE)) {
+    got = ::read(fd(), buffer.data(), buffer.size());
+  }
   if (got < 0 && errno != EAGAIN && errno != EINTR) {
     return fail_errno(errno, "cannot read the events of a userfaultfd");
   }
@@ -200,13 +205,16 @@ std::vector<UffdEvent> Uffd::parse_messages(std::span<const std::byte> messages)
   return events;
 }
 
-Result<Uffd::Copied> Uffd::copy(RemotePtr to, std::span<const std::byte> pages, bool wake_waiters) const {
+Result<Uffd::Copied> Uffd::copy(RemotePtr to, std::span<const std::byte> pages,
+                                CopyMode mode) const {
   uffdio_copy request = {};
   request.dst = to.address();
   request.src = reinterpret_cast<uint64_t>(pages.data());
   request.len = pages.size();
-  request.mode = wake_waiters ? 0 : UFFDIO_COPY_MODE_DONTWAKE;
+  const bool protect = mode == CopyMode::write_protected;
+  request.mode = protect ? UFFDIO_COPY_MODE_WP : 0;
   const int returned = ::ioctl(fd(), UFFDIO_COPY, &request);
+  if (returned < 0 && errno == EINVAL && protect) return Copied{CopyOutcome::cannot_protect, 0};
   return fill_outcome("UFFDIO_COPY", {to, pages.size()}, returned, request.copy);
 }
 

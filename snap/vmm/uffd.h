@@ -35,6 +35,7 @@ enum class CopyOutcome {
   try_again,      // EAGAIN: an event is unread or the map is changing; nothing copied
   no_mapping,     // ENOENT: the range is not mapped and registered any more
   no_memory,      // ENOMEM
+  cannot_protect, // EINVAL of a write-protected copy: not registered for that
 };
 
 enum class ProtectOutcome { done, try_again, no_mapping };
@@ -43,6 +44,11 @@ enum class RegisterOutcome {
   done,
   busy,         // EBUSY: another userfaultfd holds it
   unsupported,  // EINVAL: this kind of memory cannot be watched in this mode
+};
+
+enum class CopyMode {
+  writable,
+  write_protected,  // the page has the mark when it appears
 };
 
 struct RegisterMode {
@@ -77,7 +83,8 @@ class Uffd {
   Result<ProtectOutcome> unprotect(RemoteRange range) const;
 
   // Up to `limit` events, without waiting: empty when none is there. The
-  // descriptor must be O_NONBLOCK.
+  // descriptor must be O_NONBLOCK. (Since Linux 6.9 it does not wait either
+  // when another process that has the descriptor takes O_NONBLOCK away.)
   Result<std::vector<UffdEvent>> read_events(size_t limit = 64) const;
 
   // The same in two steps, for who must not lose an event that was read when
@@ -94,7 +101,8 @@ class Uffd {
     CopyOutcome outcome = CopyOutcome::copied;
     uint64_t bytes = 0;
   };
-  Result<Copied> copy(RemotePtr to, std::span<const std::byte> pages, bool wake = true) const;
+  Result<Copied> copy(RemotePtr to, std::span<const std::byte> pages,
+                      CopyMode mode = CopyMode::writable) const;
   Result<Copied> zero(RemoteRange range, bool wake = true) const;
 
   // Makes every later access a SIGBUS (UFFDIO_POISON, Linux 6.6). 

@@ -102,7 +102,7 @@ std::vector<double> measure_server(const ImageReader& image) {
   const Watched watched(image.page_count());
   PageMarks marks = must(PageMarks::in_memory(image.page_count()), "marks");
   PageServerOptions options;
-  options.fill = false;
+  options.prefetch = Prefetch::none;
   PageServer server(watched.uffd, image, marks, {{watched.range(), 0, page_size, "bench"}},
                     options);
   std::thread thread([&] { must(server.serve(), "serve"); });

@@ -26,7 +26,7 @@ class FarmServerTest : public ::testing::Test {
       ASSERT_TRUE(clones_.back());
     }
   }
-  void serve(FarmServerOptions options = {.prefetch = false, .threads = 4}, uint64_t limit = 0) {
+  void serve(FarmServerOptions options = {.prefetch = Prefetch::none, .threads = 4}, uint64_t limit = 0) {
     if (!image_) image_ = testing::open_image(folder_ / "image");
     cache_ = *PageCache::attach(*memory_, limit);
     server_ = std::make_unique<FarmServer>(*image_, *cache_, options);
@@ -138,7 +138,7 @@ TEST_F(FarmServerTest, WhoWaitsIsServedByTheSuccessor) {
 }
 
 TEST_F(FarmServerTest, DroppedPagesComeBack) {
-  serve({.prefetch = true, .threads = 4}, 16);
+  serve({.prefetch = Prefetch::all, .threads = 4}, 16);
   for (int round = 0; round < 3; ++round) {
     for (auto& clone : clones_) {
       for (uint64_t page = 0; page < pages; page += 5) {
@@ -151,7 +151,7 @@ TEST_F(FarmServerTest, DroppedPagesComeBack) {
 }
 
 TEST_F(FarmServerTest, LoadsAheadWhatNobodyTouches) {
-  serve({.prefetch = true, .threads = 4});
+  serve({.prefetch = Prefetch::all, .threads = 4});
   while (!server_->status()["prefetch_done"].get<bool>()) std::this_thread::yield();
   EXPECT_EQ(total("resident_pages"), pages - image_->summary().zero_pages);
   for (uint64_t page = 0; page < pages; ++page) {

@@ -48,11 +48,11 @@ TEST(FarmDir, WritesAndReadsItsRecord) {
   const testing::TemporaryDirectory folder;
   const FarmDir dir = *FarmDir::make(folder / "farm");
   EXPECT_EQ(FarmDir::open(folder / "farm").error().code(), ErrorCode::usage);
-  ASSERT_TRUE(dir.write({"/a/b.img", "id", false, 1 << 20, 42}));
+  ASSERT_TRUE(dir.write({"/a/b.img", "id", Prefetch::working_set, 1 << 20, 42}));
   const FarmRecord record = *FarmDir::open(folder / "farm")->read();
   EXPECT_EQ(record.image, "/a/b.img");
   EXPECT_EQ(record.image_id, "id");
-  EXPECT_FALSE(record.prefetch);
+  EXPECT_EQ(record.prefetch, Prefetch::working_set);
   EXPECT_EQ(record.memory, 1U << 20);
   EXPECT_EQ(record.keeper_pid, 42);
 }
@@ -62,9 +62,9 @@ TEST(FarmDir, BelievesNothing) {
   const FarmDir dir = *FarmDir::make(folder.path());
   for (const char* text :
        {"", "[]", "{}", R"({"version":1})", R"({"version":"1"})",
-        R"({"version":1,"image":1,"image_id":"","prefetch":true,"memory":0,"keeper_pid":1})",
-        R"({"version":1,"image":"","image_id":"","prefetch":true,"memory":-1,"keeper_pid":1})",
-        R"({"version":1,"image":"","image_id":"","prefetch":true,"memory":0,"keeper_pid":99999999})"}) {
+        R"({"version":1,"image":1,"image_id":"","prefetch":"all","memory":0,"keeper_pid":1})",
+        R"({"version":1,"image":"","image_id":"","prefetch":"all","memory":-1,"keeper_pid":1})",
+        R"({"version":1,"image":"","image_id":"","prefetch":"all","memory":0,"keeper_pid":99999999})"}) {
     std::ofstream(dir.file("farm.json")) << text;
     const auto record = dir.read();
     ASSERT_FALSE(record) << text;

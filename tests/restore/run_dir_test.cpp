@@ -25,6 +25,8 @@ RestoreRecord some_record() {
   record.server_pid = 1235;
   record.resume = false;
   record.ready_ms = 12.5;
+  record.prefetch = Prefetch::working_set;
+  record.record_working_set = true;
   record.ranges = {{{RemotePtr(0x10000), 0x4000}, 0, page_size, "pc.ram"},
                    {{RemotePtr(0x400000), 0x200000}, 4, 2 << 20, "huge"}};
   return record;
@@ -37,6 +39,16 @@ TEST(RestoreRecordTest, ComesBackAsItWas) {
   EXPECT_EQ(back->phase, RestorePhase::running);
   EXPECT_EQ(back->ranges[1].unit, 2u << 20);
   EXPECT_EQ(back->uffd, 17);
+  EXPECT_EQ(back->prefetch, Prefetch::working_set);
+  EXPECT_TRUE(back->record_working_set);
+  // As an older vmsnap wrote it.
+  nlohmann::json older = to_json(some_record());
+  older.erase("prefetch");
+  older.erase("record_working_set");
+  const auto read = restore_record_from_json(older);
+  ASSERT_TRUE(read) << read.error().message();
+  EXPECT_EQ(read->prefetch, Prefetch::all);
+  EXPECT_FALSE(read->record_working_set);
 }
 
 TEST(RestoreRecordTest, EveryFieldIsChecked) {
@@ -57,6 +69,9 @@ TEST(RestoreRecordTest, EveryFieldIsChecked) {
     json.erase(field);
     EXPECT_EQ(restore_record_from_json(json).error().message(), wrong);
   }
+  EXPECT_EQ(error_with("/prefetch", "some"), "its \"prefetch\" is missing or wrong");
+  EXPECT_EQ(error_with("/record_working_set", 1),
+            "its \"record_working_set\" is missing or wrong");
   EXPECT_EQ(error_with("/phase", "sleeping"), "its \"phase\" is missing or wrong");
   EXPECT_EQ(error_with("/pid", -5), "its \"pid\" is missing or wrong");
   EXPECT_EQ(error_with("/pid", 1 << 23), "its \"pid\" is missing or wrong");

@@ -27,17 +27,24 @@ namespace vmsnap::testing {
 
 enum class MemoryKind { anonymous, shared, huge };
 
+// How the child makes its userfaultfd.
+struct ChildUffd {
+  bool write_protect = false;  // registers for that, too
+  bool unmap_events = false;
+};
+
 class ServedChild {
  public:
   // Null (and the test is to be skipped) when the machine has no such memory.
   static std::unique_ptr<ServedChild> start(uint64_t pages,
-                                            MemoryKind kind = MemoryKind::anonymous) {
-    std::unique_ptr<ServedChild> child(new ServedChild(pages, kind));
+                                            MemoryKind kind = MemoryKind::anonymous,
+                                            ChildUffd manner = {}) {
+    std::unique_ptr<ServedChild> child(new ServedChild(pages, kind, manner));
     return child->begin() ? std::move(child) : nullptr;
   }
   // One that has mapped `file` privately, as a clone has.
   static std::unique_ptr<ServedChild> start_clone(uint64_t pages, int file) {
-    std::unique_ptr<ServedChild> child(new ServedChild(pages, MemoryKind::anonymous));
+    std::unique_ptr<ServedChild> child(new ServedChild(pages, MemoryKind::anonymous, {}));
     child->clone_of_ = file;
     return child->begin() ? std::move(child) : nullptr;
   }
@@ -83,6 +90,8 @@ class ServedChild {
   }
   void write(uint64_t page) { tell('w', page); }
   void give_back(uint64_t page, uint64_t count) { tell('d', page, count); }
+  void unmap(uint64_t page, uint64_t count) { tell('m', page, count); }
+  void unregister(uint64_t page, uint64_t count) { tell('u', page, count); }
   // fallocate(2): no event tells of it.
   void punch_hole(uint64_t page, uint64_t count) { tell('p', page, count); }
 
@@ -102,7 +111,8 @@ class ServedChild {
     uint64_t page, count;
   };
 
-  ServedChild(uint64_t pages, MemoryKind kind) : pages_(pages), kind_(kind) {}
+  ServedChild(uint64_t pages, MemoryKind kind, ChildUffd manner)
+      : pages_(pages), kind_(kind), manner_(manner) {}
 
   size_t shown_bytes() const {
     return page_size * (1 + pages_) + pages_ * sizeof(std::atomic<int>);
@@ -156,7 +166,10 @@ class ServedChild {
   }
 
   [[noreturn]] void live(int link) {
-    ::signal(SIGBUS, [](int) { siglongjmp(bus_error, 1); });
+    // SIGSEGV: memory that was unmapped before a thread came to look.
+    for (const int number : {SIGBUS, SIGSEGV}) {
+      ::signal(number, [](int) { siglongjmp(bus_error, 1); });
+    }
     int file = -1;
     int flags = MAP_PRIVATE | MAP_ANONYMOUS;
     if (kind_ == MemoryKind::shared) {
@@ -173,9 +186,12 @@ class ServedChild {
     if (memory == MAP_FAILED) ::_exit(2);
     const int uffd = static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK));
     uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_EVENT_REMOVE, .ioctls = 0};
+    if (manner_.write_protect) api.features |= UFFD_FEATURE_PAGEFAULT_FLAG_WP;
+    if (manner_.unmap_events) api.features |= UFFD_FEATURE_EVENT_UNMAP;
     uffdio_register request = {};
     request.range = {reinterpret_cast<uint64_t>(memory), pages_ * page_size};
     request.mode = UFFDIO_REGISTER_MODE_MISSING;
+    if (manner_.write_protect) request.mode |= UFFDIO_REGISTER_MODE_WP;
     if (uffd < 0 || ::ioctl(uffd, UFFDIO_API, &api) < 0 ||
         ::ioctl(uffd, UFFDIO_REGISTER, &request) < 0) {
       ::_exit(3);
@@ -199,8 +215,18 @@ class ServedChild {
           std::memset(at, 0xab, page_size);
           break;
         case 'd':
-          ::madvise(at, command.count * page_size, MADV_DONTNEED);
+          // Of shared memory MADV_DONTNEED keeps the content.
+          ::madvise(at, command.count * page_size,
+                    kind_ == MemoryKind::shared ? MADV_REMOVE : MADV_DONTNEED);
           break;
+        case 'm':
+          ::munmap(at, command.count * page_size);
+          break;
+        case 'u': {
+          uffdio_range range = {reinterpret_cast<uint64_t>(at), command.count * page_size};
+          ::ioctl(uffd, UFFDIO_UNREGISTER, &range);
+          break;
+        }
         case 'p':
           ::fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                       static_cast<off_t>(command.page * page_size),
@@ -215,6 +241,7 @@ class ServedChild {
   uint64_t pages_;
   MemoryKind kind_;
   int clone_of_ = -1;
+  ChildUffd manner_;
   pid_t pid_ = 0;
   Fd link_;
   std::optional<Process> process_;

@@ -1,5 +1,8 @@
 #include "formats/store/prune.h"
 
+#include <filesystem>
+
+#include "formats/store/recorded_working_set.h"
 #include "formats/store/store_verify.h"
 #include "tests/store/test_store.h"
 
@@ -35,6 +38,27 @@ TEST_F(Pruning, FreesWhatNobodyNeedsWhenTheLastUserIsGone) {
   const auto store = open();
   EXPECT_EQ(files_in(store->paths().condemned()), 0u);
   expect_pages(*store, kept, texts(1000, 100));
+}
+
+TEST_F(Pruning, RemovesWorkingSetsOfSnapshotsThatAreGone) {
+  const auto store = open();
+  const std::string kept = write(*store, texts(0, 10)).id;
+  const std::string trashed = write(*store, texts(100, 10)).id;
+  const std::string gone = write(*store, texts(200, 10)).id;
+  const StorePaths& paths = store->paths();
+  EXPECT_FALSE(std::filesystem::exists(paths.working_sets()));
+  for (const std::string& id : {kept, trashed, gone}) {
+    const auto image = store->open_snapshot(id).value();
+    ASSERT_EQ(working_set_path(*image), paths.working_set(id));
+    ASSERT_TRUE(save_working_set(*image, std::vector<uint64_t>{7, 3}));
+    EXPECT_EQ(best_working_set(*image).value(), (std::vector<uint64_t>{7, 3}));
+  }
+  ASSERT_TRUE(remove_snapshot(*store, gone));
+  EXPECT_EQ(run().deleted, 1u);
+  ASSERT_TRUE(remove_snapshot(*store, trashed));
+  EXPECT_TRUE(std::filesystem::exists(paths.working_set(kept)));
+  EXPECT_TRUE(std::filesystem::exists(paths.working_set(trashed)));
+  EXPECT_FALSE(std::filesystem::exists(paths.working_set(gone)));
 }
 
 // A writer has found its pages in a pack that then loses its last snapshot.

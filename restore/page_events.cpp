@@ -1,0 +1,230 @@
+// The events of PageServer: who reads them, and what they mean.
+//
+// One of the answerers is the reader: it waits for events, and settles a fault
+// itself as soon as it has read it, because to hand it over would take as long
+// as to answer it. When several faults come together, the others go to a queue
+// for the rest of the answerers. When the reader is busy with one fault for too
+// long, the thread in serve() takes the role from it and gives it to another;
+// so a slow page holds up others for a millisecond or two.
+
+#include <poll.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "formats/log.h"
+#include "restore/page_server.h"
+
+namespace vmsnap {
+
+namespace {
+
+constexpr auto patience = std::chrono::milliseconds(1);
+constexpr size_t events_at_once = 16;
+
+}  // namespace
+
+Status PageServer::start_answerers() {
+  for (unsigned i = 0; i < std::max(1u, options_.fault_threads); ++i) {
+    answerers_.emplace_back([this] { run_answerer(); });
+  }
+  return {};
+}
+
+void PageServer::end_answerers() {
+  {
+    std::lock_guard lock(queue_mutex_);
+    halted_.store(true);
+  }
+  queue_changed_.notify_all();
+  const uint64_t one = 1;
+  [[maybe_unused]] const ssize_t put = ::write(halt_.get(), &one, sizeof one);
+  for (std::thread& answerer : answerers_) answerer.join();
+  answerers_.clear();
+}
+
+void PageServer::run_answerer() {
+  const Status ended = answer_until_halted();
+  if (ended) return;
+  {
+    std::lock_guard lock(queue_mutex_);
+    if (!failed_) failed_ = ended.error();
+  }
+  stop();
+}
+
+Status PageServer::answer_until_halted() {
+  std::vector<std::byte> buffer(zeros_.size());
+  std::optional<uint64_t> turn;  // while this is the reader
+  while (!halted_.load(std::memory_order_relaxed)) {
+    std::optional<Fault> fault;
+    if (turn) {
+      fault = VMSNAP_TRY(read_fault());
+    } else {
+      fault = wait_for_turn(turn);
+    }
+    if (!fault) continue;
+    if (turn) begin_answer(*turn);
+    VMSNAP_CHECK(settle(*fault, buffer));
+    if (turn && !end_answer(*turn)) turn.reset();
+  }
+  return {};
+}
+
+// `turn_` is even while the reader reads and odd while it settles a fault. Only
+// the reader makes it odd; from there it or the thread that watches goes on.
+void PageServer::begin_answer(uint64_t turn) {
+  turn_.store(turn + 1);
+  if (!unwatched_.load()) return;
+  unwatched_.store(false);
+  wake_server();
+}
+
+// False: it was taken for stuck, and another is the reader.
+bool PageServer::end_answer(uint64_t& turn) {
+  uint64_t expected = turn + 1;
+  turn += 2;
+  return turn_.compare_exchange_strong(expected, turn);
+}
+
+// Called again and again by the thread in serve(), which need not come back
+// soon if this says so: the reader wakes it.
+bool PageServer::watch_reader() {
+  const Clock::time_point now = Clock::now();
+  uint64_t turn = turn_.load();
+  if (turn != watched_turn_) {
+    watched_turn_ = turn;
+    watched_since_ = now;
+  }
+  const auto unchanged = now - watched_since_;
+  if (turn % 2 == 0) {
+    if (unchanged < 100 * patience) return true;
+    unwatched_.store(true);
+    return turn_.load() != turn;
+  }
+  if (unchanged < patience) return true;
+  std::lock_guard lock(queue_mutex_);
+  if (idle_answerers_ == 0) return true;
+  if (turn_.compare_exchange_strong(turn, turn + 1)) {
+    free_turn_ = turn + 1;
+    queue_changed_.notify_one();
+  }
+  return true;
+}
+
+// Waits for a fault of the queue, or the reader's role (then `turn` is set and
+// there is none). Neither: halted.
+std::optional<PageServer::Fault> PageServer::wait_for_turn(std::optional<uint64_t>& turn) {
+  std::unique_lock lock(queue_mutex_);
+  ++idle_answerers_;
+  queue_changed_.wait(lock, [&] { return halted_.load() || free_turn_ || !queue_.empty(); });
+  --idle_answerers_;
+  if (halted_.load()) return std::nullopt;
+  if (free_turn_) {
+    turn.swap(free_turn_);
+    return std::nullopt;
+  }
+  return take_queued();
+}
+
+// Under queue_mutex_.
+std::optional<PageServer::Fault> PageServer::take_queued() {
+  if (queue_.empty()) return std::nullopt;
+  const Fault fault = queue_.front();
+  queue_.pop_front();
+  queued_.store(queue_.size(), std::memory_order_relaxed);
+  return fault;
+}
+
+void PageServer::queue_faults(std::span<const Fault> faults) {
+  {
+    std::lock_guard lock(queue_mutex_);
+    queue_.insert(queue_.end(), faults.begin(), faults.end());
+    queued_.store(queue_.size(), std::memory_order_relaxed);
+  }
+  for (size_t i = 0; i < faults.size(); ++i) queue_changed_.notify_one();
+}
+
+void PageServer::postpone(const Fault& fault) {
+  // EAGAIN: the thread that removes memory has yet to run. It needs a CPU.
+  ::usleep(100);
+  queue_faults(std::span(&fault, 1));
+}
+
+// The reader: waits for events, and returns one fault to settle. What removals
+// tell is marked before anybody copies a page again. Faults of the queue come
+// after events, because what the postponed wait for is that a removal is read.
+Result<std::optional<PageServer::Fault>> PageServer::read_fault() {
+  if (queued_.load(std::memory_order_relaxed) == 0) VMSNAP_CHECK(wait_for_events());
+  std::vector<UffdEvent> events;
+  {
+    std::lock_guard lock(order_);
+    const auto buffer = marks_.event_buffer().first(events_at_once * Uffd::message_bytes);
+    events = Uffd::parse_messages(VMSNAP_TRY(uffd_.read_messages(buffer)));
+    note_removals(events);
+  }
+  std::vector<Fault> faults;
+  for (const UffdEvent& event : events) {
+    if (const auto fault = fault_of(event)) faults.push_back(*fault);
+  }
+  if (faults.empty()) {
+    std::lock_guard lock(queue_mutex_);
+    return take_queued();
+  }
+  if (faults.size() > 1) queue_faults(std::span(faults).subspan(1));
+  return faults.front();
+}
+
+Status PageServer::wait_for_events() const {
+  pollfd fds[2] = {{uffd_.fd(), POLLIN, 0}, {halt_.get(), POLLIN, 0}};
+  if (::poll(fds, 2, -1) < 0 && errno != EINTR) {
+    return fail_errno(errno, "cannot wait for page faults");
+  }
+  if (fds[0].revents & (POLLERR | POLLNVAL)) {
+    return fail(ErrorCode::io, "the userfaultfd of {} cannot be waited for", options_.vm);
+  }
+  return {};
+}
+
+std::optional<PageServer::Fault> PageServer::fault_of(const UffdEvent& event) {
+  const bool write_protected = event.kind == UffdEvent::Kind::write_protect;
+  if (event.kind != UffdEvent::Kind::missing && !write_protected) return std::nullopt;
+  size_t index;
+  if (!find_range(event.address, &index)) {
+    // A VMM that registered more than it told of. It waits for ever, alone.
+    log_warning("{} touched {:#x}, which is in no region that it announced", options_.vm,
+                event.address.address());
+    return std::nullopt;
+  }
+  const ServedRange& range = ranges_[index];
+  const uint64_t into = (event.address - range.range.start) / range.unit * range.unit;
+  const Clock::time_point now = Clock::now();
+  last_fault_.store(now, std::memory_order_relaxed);
+  return Fault{range.range.start + into, index, write_protected, now};
+}
+
+// Marks what the events removed, and then forgets the events.
+void PageServer::note_removals(const std::vector<UffdEvent>& events) {
+  for (const UffdEvent& event : events) {
+    if (event.kind == UffdEvent::Kind::removed || event.kind == UffdEvent::Kind::unmapped) {
+      note_removed(event.address, event.length);
+    }
+  }
+  // We may be killed between any two stores: these must not change places.
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+  const auto done = marks_.event_buffer().first(events.size() * Uffd::message_bytes);
+  std::fill(done.begin(), done.end(), std::byte{0});
+}
+
+void PageServer::note_removed(RemotePtr start, uint64_t length) {
+  for (const ServedRange& range : ranges_) {
+    const RemotePtr from = std::max(start, range.range.start);
+    const RemotePtr to = std::min(start + length, range.range.end());
+    if (from >= to) continue;
+    marks_.set_removed(range.page_at(from), (to - from) / page_size);
+    removed_.fetch_add((to - from) / page_size, std::memory_order_relaxed);
+  }
+}
+
+}  // namespace vmsnap

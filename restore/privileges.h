@@ -1,0 +1,19 @@
+// Giving up what a server does not need.
+#pragma once
+
+#include <string>
+
+#include "formats/error.h"
+
+namespace vmsnap {
+
+// Of the calling thread and those that it makes from now on: no privileges by
+// executing a program (no_new_privs), no capabilities, none in the bounding and
+// ambient sets. The user id stays, so that our own files can still be opened:
+// the packs of a store are, when they are first needed. Only if `file` is
+// another's does CAP_DAC_READ_SEARCH stay, for the same reason. Irrevocable.
+//
+// Sources: capabilities(7), capset(2), prctl(2).
+Status drop_privileges(const std::string& file);
+
+}  // namespace vmsnap
