@@ -71,3 +71,16 @@ def assert_only(folder, *names):
     """Nothing else is in a directory: no temporary file stayed."""
     found = sorted(entry.name for entry in pathlib.Path(folder).iterdir())
     assert found == sorted(names), f"{folder} holds {found}, expected {sorted(names)}"
+
+
+def uses_no_processor(pid):
+    """Whether a process uses no processor time for a moment: all its threads wait."""
+    def spent():
+        words = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(words[11]) + int(words[12])
+    before = spent()
+    try:
+        harness.wait_until(lambda: spent() > before + 2, "", limit=0.5)
+        return False
+    except AssertionError:
+        return True
