@@ -127,7 +127,8 @@ Status Parking::drop() {
   VMSNAP_CHECK(compare_memory(vm_->process, *vm_->image, memory_));
   VMSNAP_TEST_POINT("park.compared");
   was_dropped_ = true;
-  VMSNAP_CHECK(drop_memory(vm_->process, vm_->uffd, memory_, vm_->marks));
+  VMSNAP_CHECK(drop_memory(vm_->process, vm_->uffd, memory_, vm_->marks,
+                           [this] { vm_->dir.forget_lock(); }));
   VMSNAP_TEST_POINT("park.dropped");
   return {};
 }

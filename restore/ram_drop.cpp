@@ -300,7 +300,7 @@ class EventDrain {
 }  // namespace
 
 Status drop_memory(const Process& process, const Uffd& uffd, const GuestMemory& memory,
-                   PageMarks& marks) {
+                   PageMarks& marks, const std::function<void()>& let_go) {
   const std::vector<ServedRange> ranges = served_ranges(memory);
   std::vector<RemoteRange> private_windows;
   uint64_t total = 0, done = 0;
@@ -333,6 +333,7 @@ Status drop_memory(const Process& process, const Uffd& uffd, const GuestMemory& 
 
   enum Answer : int64_t { go_on = 0, stop = 1 };
   const auto errand = [&](RemoteThread& thread, InjectorLink& link) -> Result<int64_t> {
+    let_go();
     for (size_t i = 0; i < private_windows.size(); ++i) {
       if (link.ask(static_cast<int64_t>(i), stop) == stop) return -ECANCELED;
       const RemoteRange& window = private_windows[i];

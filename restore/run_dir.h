@@ -97,6 +97,8 @@ class RunDir {
   // Removes what create() and a failed restore made: the directory if it was
   // ours, else our files in it, but for the logs.
   void undo();
+  // In a child process: closes its share of the lock, which our own keeps.
+  void forget_lock() { lock_.reset(); }
   // Removes what only a page server needs.
   void finish();
 
