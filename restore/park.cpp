@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <filesystem>
+#include <optional>
 
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
@@ -14,6 +15,7 @@
 #include "restore/reattach.h"
 #include "restore/served_vm.h"
 #include "snap/vmm/handover.h"
+#include "snap/vmm/ksm_pause.h"
 #include "snap/vmm/qmp.h"
 #include "snap/vmm/ram_blocks.h"
 
@@ -122,6 +124,9 @@ Status Parking::attach() {
 }
 
 Status Parking::drop() {
+  // What it merges loses its protection.
+  std::optional<KsmPause> ksm;
+  if (memory_.mergeable) ksm = VMSNAP_TRY(KsmPause::begin());
   VMSNAP_CHECK(freeze_memory(vm_->uffd, vm_->record.ranges, vm_->marks));
   VMSNAP_TEST_POINT("park.frozen");
   VMSNAP_CHECK(compare_memory(vm_->process, *vm_->image, memory_));
@@ -162,6 +167,7 @@ Error Parking::after_failure(Error error) {
     undone = serve(RestorePhase::running);
     if (undone && vm_->record.resume) undone = resume_vm(vm_->record.qmp);
   }
+  if (!vm_->process.alive()) vm_->dir.undo();  // there is nothing to take over
   if (undone || !vm_->process.alive()) return error;
   log_warning("{}", undone.error().message());
   return std::move(error).with_remedy(

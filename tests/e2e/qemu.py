@@ -24,8 +24,6 @@ RAM_KINDS = {
                       "-object", "memory-backend-memfd,id=ram1,size=64M,share=on",
                       "-numa", "node,memdev=ram0", "-numa", "node,memdev=ram1"], 128),
     "above-4g": ([], 5120),
-    "hugetlb": (["-object", "memory-backend-memfd,id=ram0,size=128M,share=on,hugetlb=on",
-                 "-machine", "memory-backend=ram0"], 128),
     "vga": (["-device", "VGA"], 128),
 }
 

@@ -174,11 +174,34 @@ def test_what_else_park_may_meet(world):
 
 def test_memory_of_hugetlbfs_is_refused(world):
     system.add_huge_pages(world, 160)
-    guest = victims.OrderedGuest(world, ram="hugetlb")
+    guest = victims.OrderedGuest(world, extra=[
+        "-object", "memory-backend-memfd,id=ram0,size=128M,share=on,hugetlb=on",
+        "-machine", "memory-backend=ram0"])
     refused = world.vmsnap("park", "--qmp", guest.qmp_socket, "--output", world.path("x.img"),
                            "--run-dir", world.path("run")).expect("refused")
     assert "hugetlbfs" in refused.err
     checks.assert_running(guest)
+
+
+def test_unprivileged_and_sandboxed(world):
+    guest = victims.OrderedGuest(world, unprivileged=True)
+    files = checks.open_files(guest.pid)
+    run_dir, _, _ = park(world, guest)
+    assert resident_kib(guest.pid, run_dir) < guest.mib
+    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
+    wait_for_end(world, run_dir)
+    checks.assert_running(guest, files)
+    victims.check_ordered_live(world, guest)
+
+
+@pytest.mark.parametrize("ram", ["anon", "memfd"])
+def test_a_vm_that_ends_while_it_is_parked(world, ram):
+    guest = victims.OrderedGuest(world, ram=ram)
+    run, run_dir, _ = stopped_park(world, guest, "park.half_dropped")
+    guest.kill()
+    run.signal(signal.SIGCONT)
+    run.wait().expect("vm")
+    assert not run_dir.exists()
 
 
 def test_a_parked_vm_that_ends(world):
@@ -267,7 +290,7 @@ def test_a_wrong_image(world):
 
 # Killed up to here, the VM runs on by itself.
 GUARDED = ["park.start", "attach.created", "pause.stopped", "pause.armed", "copy.half",
-           "commit.synced", "commit.renamed"]
+           "store.packs_synced", "store.manifest_synced", "store.manifest_renamed", "store.indexed"]
 # Afterwards it waits for who takes over.
 WAITING = [point for point in POINTS if point.startswith("park.") and point != "park.start"]
 
@@ -275,8 +298,8 @@ WAITING = [point for point in POINTS if point.startswith("park.") and point != "
 @pytest.mark.parametrize("point", GUARDED)
 def test_killed_before_the_image_is_there(shared_world, guest, point):
     run_dir = shared_world.path("run")
-    result = shared_world.vmsnap("park", "--qmp", guest.qmp_socket, "--output",
-                                 shared_world.path("vm.img"), "--run-dir", run_dir,
+    result = shared_world.vmsnap("park", "--qmp", guest.qmp_socket, "--store",
+                                 shared_world.path("store"), "--run-dir", run_dir,
                                  env={"VMSNAP_KILL_AT": point})
     assert result.code == -signal.SIGKILL, f"never got to {point}: {result}"
     checks.assert_running(guest)
