@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 
 import harness
 
@@ -160,6 +161,36 @@ class MemoryGroup:
         name = "memory.events" if self._second else "memory.oom_control"
         words = [line.split() for line in (self.path / name).read_text().splitlines()]
         return sum(int(count) for what, count in words if what == "oom_kill")
+
+
+DEBUGGER = """
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+SEIZE, CONTINUE = 0x4206, 7
+for task in os.listdir(f"/proc/{sys.argv[1]}/task"):
+    assert libc.ptrace(SEIZE, int(task), None, None) == 0, ctypes.get_errno()
+print("attached", flush=True)
+while True:
+    pid, status = os.waitpid(-1, 0x40000000)
+    if os.WIFSTOPPED(status):
+        number = os.WSTOPSIG(status)
+        libc.ptrace(CONTINUE, pid, None, 0 if number == signal.SIGTRAP else number)
+"""
+
+
+@contextlib.contextmanager
+def debugged(pid):
+    """Somebody traces all threads of a process, and lets them run."""
+    debugger = subprocess.Popen([sys.executable, "-c", DEBUGGER, str(pid)], text=True,
+                                stdout=subprocess.PIPE)
+    try:
+        assert debugger.stdout.readline() == "attached\n"
+        yield
+    finally:
+        debugger.kill()
+        debugger.wait()
+        debugger.stdout.close()
 
 
 def kill(pid):

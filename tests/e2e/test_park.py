@@ -271,6 +271,22 @@ def test_interrupted(shared_world, guest, point, number):
     victims.check_ordered_live(shared_world, guest)
 
 
+def test_failing_halfway(world):
+    """Shared memory is gone, and a debugger keeps us from dropping the private
+    part: the VM runs on, and has what was dropped from the image."""
+    guest = victims.OrderedGuest(world, ram="two-backends")
+    run, run_dir, _ = stopped_park(world, guest, "park.compared")
+    with system.debugged(guest.pid):
+        run.signal(signal.SIGCONT)
+        run.wait().expect("refused")
+        checks.assert_goes_on(guest)
+        wait_for_phase(run_dir, "filled")  # but cannot be let go of yet
+    harness.wait_until(lambda: not world.vmsnap_processes(), "the page server to end")
+    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
+    victims.check_ordered_live(world, guest)
+    checks.assert_running(guest)
+
+
 def test_a_wrong_image(world):
     """The memory is compared with what can be read from the image, page by page."""
     guest = victims.OrderedGuest(world)
