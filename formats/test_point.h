@@ -56,6 +56,17 @@ inline constexpr std::array test_point_names = {
     std::string_view("restore.running"),      // the guest executes
     std::string_view("restore.half"),         // about half the pages are there
     std::string_view("restore.filled"),       // all are, uffd still held
+    std::string_view("park.start"),           // run directory made, VM untouched
+    std::string_view("park.captured"),        // image committed, VM paused
+    std::string_view("park.attached"),        // the VMM holds our uffd, nothing is watched
+    std::string_view("park.frozen"),          // all is watched and write-protected
+    std::string_view("park.compared"),        // the image is right, nothing is dropped
+    std::string_view("park.removing"),        // a thread of the VMM waits in madvise
+    std::string_view("park.half_dropped"),    // about half of the memory is gone
+    std::string_view("park.dropped"),         // all is, protection still on
+    std::string_view("park.thawed"),          // it waits for a page server
+    std::string_view("unpark.resumed"),       // it runs, its page server does not know
+    std::string_view("unpark.told"),          // the page server knows, nothing is loaded ahead
 };
 
 // Aborts the build, not the program, if `name` is not in the list.

@@ -6,6 +6,7 @@
 #include "formats/working_set_file.h"
 #include "restore/launch.h"
 #include "restore/launch_rules.h"
+#include "restore/ram_drop.h"
 #include "restore/served_vm.h"
 #include "snap/vmm/qmp.h"
 
@@ -22,13 +23,11 @@ Error start_again(const RestoreRecord& record, const RunDir& dir) {
 }
 
 // A predecessor may have died between "loaded" and `cont`.
-Status resume_if_due(ServedVm& vm) {
-  if (vm.record.phase != RestorePhase::loaded) return {};
-  if (vm.record.resume) {
-    Qmp qmp = VMSNAP_TRY(Qmp::connect(vm.record.qmp));
-    const nlohmann::json status = VMSNAP_TRY(qmp.execute("query-status"));
-    if (status.is_object() && !status.value("running", false)) VMSNAP_TRY(qmp.execute("cont"));
-  }
+Status resume_if_due(ServedVm& vm, bool unpark) {
+  const bool due = vm.record.phase == RestorePhase::loaded ||
+                   (vm.record.phase == RestorePhase::parked && unpark);
+  if (!due) return {};
+  if (vm.record.resume) VMSNAP_CHECK(resume_vm(vm.record.qmp));
   vm.record.phase = RestorePhase::running;
   return vm.dir.write(vm.record);
 }
@@ -43,7 +42,24 @@ void go_on_recording(ServedVm& vm) {
   }
 }
 
+// Killed before the memory was touched: the VM is whole, and perhaps paused.
+Status end_parking(const RunDir& dir, RestoreRecord& record, const Process& process,
+                   CommandContext& context) {
+  if (record.resume) VMSNAP_CHECK(resume_vm(record.qmp));
+  record.phase = RestorePhase::complete;
+  VMSNAP_CHECK(dir.write(record));
+  context.out << fmt::format("{} had not been parked yet\n", process.describe());
+  return {};
+}
+
 }  // namespace
+
+Status resume_vm(const std::string& qmp_socket) {
+  Qmp qmp = VMSNAP_TRY(Qmp::connect(qmp_socket));
+  const nlohmann::json status = VMSNAP_TRY(qmp.execute("query-status"));
+  if (status.is_object() && !status.value("running", false)) VMSNAP_TRY(qmp.execute("cont"));
+  return {};
+}
 
 Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
   install_interrupt_handlers();
@@ -66,6 +82,9 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
   if (record.phase == RestorePhase::complete) {
     context.out << fmt::format("{} has all of its memory already\n", process->describe());
     return {};
+  }
+  if (record.phase == RestorePhase::parking && record.uffd < 0) {
+    return end_parking(dir, record, *process, context);
   }
 
   auto image = VMSNAP_TRY(open_image({record.image, {.directory = {}, .key = options.key}, {}}));
@@ -100,8 +119,19 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
   if (options.prefetch) vm.record.prefetch = *options.prefetch;
   VMSNAP_CHECK(vm.dir.write(vm.record));
   if (vm.record.record_working_set) go_on_recording(vm);
+  if (vm.record.phase == RestorePhase::parking) {
+    VMSNAP_CHECK(settle_memory(vm.process, vm.uffd, vm.record.ranges, vm.marks));
+    vm.record.phase = RestorePhase::parked;
+    VMSNAP_CHECK(vm.dir.write(vm.record));
+  }
+  if (vm.record.phase == RestorePhase::parked && !options.unpark) {
+    VMSNAP_CHECK(open_control(vm));
+    const pid_t server = VMSNAP_TRY(serve_in_background(vm));
+    context.out << fmt::format("{} is parked; process {} serves it\n", vm.process.describe(), server);
+    return {};
+  }
   std::unique_ptr<Serving> serving = Serving::start(vm);
-  VMSNAP_CHECK(resume_if_due(vm));
+  VMSNAP_CHECK(resume_if_due(vm, options.unpark));
   return serve_to_end(vm, std::move(serving), {options.detach, options.json, started}, context);
 }
 

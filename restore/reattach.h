@@ -10,6 +10,10 @@
 //                          are raised again, and the fill goes on. A VM that
 //                          was to run and was not told so yet is told now.
 //   filled                 only closing the descriptor in QEMU was left to do
+//   parking                the VM is about to be parked (ram_drop.h), and is
+//                          paused. Without a userfaultfd nothing was taken from
+//                          it: it is resumed if it ran. Else as if parked.
+//   parked                 served by faults alone, in the background
 //   complete, ended        nothing to do; says so
 #pragma once
 
@@ -28,11 +32,15 @@ struct ReattachOptions {
   bool detach = false;
   bool json = false;
   KeySource key;  // of the store that the image is in, if it is encrypted
+  bool unpark = false;  // let a parked VM run, and bring the rest
 };
 
 // ErrorCode::exists while a page server is at work there, ErrorCode::damaged
 // when the directory or the image is not what it was, the codes of
 // serve_to_end(). Must be called while the process has one thread.
 Status reattach_vm(const ReattachOptions& options, CommandContext& context);
+
+// Sends `cont` to a VM that does not run.
+Status resume_vm(const std::string& qmp_socket);
 
 }  // namespace vmsnap

@@ -19,7 +19,7 @@ namespace {
 constexpr std::array phase_names = {
     std::string_view("starting"), std::string_view("launched"), std::string_view("registered"),
     std::string_view("loading"),  std::string_view("loaded"),   std::string_view("running"),
-    std::string_view("filled"),   std::string_view("complete"), std::string_view("ended")};
+    std::string_view("parking"),  std::string_view("parked"),   std::string_view("filled"),   std::string_view("complete"), std::string_view("ended")};
 
 Error wrong(const char* field) {
   return Error(ErrorCode::damaged, fmt::format("its \"{}\" is missing or wrong", field));
@@ -76,22 +76,6 @@ Status check_no_overlap(std::vector<ServedRange> ranges) {
   return {};
 }
 
-Result<std::string> default_parent() {
-  std::string parent = "/run/vmsnap";
-  if (::geteuid() != 0) {
-    const char* runtime = std::getenv("XDG_RUNTIME_DIR");
-    if (!runtime || runtime[0] != '/') {
-      return tl::unexpected(Error(ErrorCode::usage, "there is no place for the run directory")
-                                .with_remedy("Give --run-dir, or set XDG_RUNTIME_DIR."));
-    }
-    parent = std::string(runtime) + "/vmsnap";
-  }
-  if (::mkdir(parent.c_str(), 0700) < 0 && errno != EEXIST) {
-    return fail_errno(errno, "cannot make directory {}", parent);
-  }
-  return parent;
-}
-
 }  // namespace
 
 std::string_view phase_name(RestorePhase phase) { return phase_names[static_cast<size_t>(phase)]; }
@@ -116,6 +100,7 @@ nlohmann::json to_json(const RestoreRecord& record) {
                          {"resume", record.resume},
                          {"prefetch", prefetch_name(record.prefetch)},
                          {"record_working_set", record.record_working_set},
+                         {"of_parked_vm", record.of_parked_vm},
                          {"ready_ms", record.ready_ms},
                          {"ranges", std::move(ranges)},
                          {"counters", record.counters}};
@@ -155,6 +140,10 @@ Result<RestoreRecord> restore_record_from_json(const nlohmann::json& json) {
   if (json.contains("record_working_set")) {
     record.record_working_set = VMSNAP_TRY(flag(json, "record_working_set"));
   }
+  if (const auto parked = json.find("of_parked_vm"); parked != json.end()) {
+    if (!parked->is_boolean()) return tl::unexpected(wrong("of_parked_vm"));
+    record.of_parked_vm = parked->get<bool>();
+  }
   const auto ready = json.find("ready_ms");
   if (ready == json.end() || !ready->is_number()) return tl::unexpected(wrong("ready_ms"));
   record.ready_ms = ready->get<double>();
@@ -191,12 +180,28 @@ Result<RunDir> RunDir::open(const std::string& path) {
   return dir;
 }
 
+Result<std::string> default_run_directories() {
+  std::string parent = "/run/vmsnap";
+  if (::geteuid() != 0) {
+    const char* runtime = std::getenv("XDG_RUNTIME_DIR");
+    if (!runtime || runtime[0] != '/') {
+      return tl::unexpected(Error(ErrorCode::usage, "there is no place for the run directory")
+                                .with_remedy("Give --run-dir, or set XDG_RUNTIME_DIR."));
+    }
+    parent = std::string(runtime) + "/vmsnap";
+  }
+  if (::mkdir(parent.c_str(), 0700) < 0 && errno != EEXIST) {
+    return fail_errno(errno, "cannot make directory {}", parent);
+  }
+  return parent;
+}
+
 Result<std::string> make_run_directory(const std::string& path, bool* made) {
   bool unused;
   if (!made) made = &unused;
   *made = true;
   if (path.empty()) {
-    std::string name = VMSNAP_TRY(default_parent()) + "/vmsnap-XXXXXX";
+    std::string name = VMSNAP_TRY(default_run_directories()) + "/vmsnap-XXXXXX";
     if (!::mkdtemp(name.data())) return fail_errno(errno, "cannot make directory {}", name);
     return name;
   }
@@ -214,7 +219,8 @@ Result<RunDir> RunDir::create(const std::string& path) {
   VMSNAP_CHECK(dir.take_lock());
   if (fs::exists(dir.file("restore.json"))) {
     const RestoreRecord before = VMSNAP_TRY(dir.read());
-    if (const auto process = find_process(before)) {
+    const bool is_past = before.of_parked_vm && before.phase == RestorePhase::complete;
+    if (const auto process = find_process(before); process && !is_past) {
       return tl::unexpected(Error(ErrorCode::exists, fmt::format("{} still runs in {}",
                                                                  process->describe(), dir.path_))
                                 .with_remedy("Choose another --run-dir, or end that VM first."));
@@ -263,15 +269,14 @@ void RunDir::undo() {
     fs::remove_all(path_, ignored);
     return;
   }
-  for (const char* name : {"restore.json", "pages", "qmp.sock", "qemu.pid", "lock"}) {
+  for (const char* name : {"restore.json", "pages", "control", "qmp.sock", "qemu.pid", "lock"}) {
     fs::remove(file(name), ignored);
   }
 }
 
 void RunDir::finish() {
   std::error_code ignored;
-  fs::remove(file("pages"), ignored);
-  fs::remove(file("lock"), ignored);
+  for (const char* name : {"pages", "control", "lock"}) fs::remove(file(name), ignored);
 }
 
 }  // namespace vmsnap

@@ -3,6 +3,7 @@
 //
 //   restore.json   who is served from what, how far it got (RestoreRecord)
 //   pages          two bits a page: given, given back (page_marks.h)
+//   control        FIFO: where the server of a parked VM is told to unpark it
 //   lock           held by the living page server (fcntl(2), open file
 //                  description), whatever process number it has
 //   qmp.sock qemu.pid qemu.log vmsnap.log serialN.log ...
@@ -33,6 +34,8 @@ enum class RestorePhase {
   loading,     // its device state is on its way
   loaded,      // complete but for pages; it may run from here on
   running,     // it was told to run
+  parking,     // a running VM's memory is being handed back to the host
+  parked,      // it was, and comes when it is touched
   filled,      // all pages are there, its memory is no longer watched
   complete,    // and it is on its own
   ended,       // it died before
@@ -48,10 +51,11 @@ struct RestoreRecord {
   uint64_t start_time = 0;  // proc(5) stat field 22: with pid, names the process
   int uffd = -1;            // descriptor number in QEMU
   pid_t server_pid = 0;     // of the page server, for people
-  bool resume = true;       // the VM is to run when it is loaded
+  bool resume = true;       // the VM is to run when it is loaded, or unparked
   bool clone = false;       // served by the farm in the directory above
   Prefetch prefetch = Prefetch::all;
   bool record_working_set = false;  // in the order of its faults, beside the image
+  bool of_parked_vm = false;  // it was not restored here: it lived before, elsewhere
   double ready_ms = 0;      // from the command to the running guest
   std::vector<ServedRange> ranges;
   nlohmann::json counters = nlohmann::json::object();  // for people
@@ -73,11 +77,14 @@ Result<Process> find_process(const RestoreRecord& record);
 // /run/vmsnap, or $XDG_RUNTIME_DIR/vmsnap for others than root. Returns its
 // absolute path; `made` says whether it was made.
 Result<std::string> make_run_directory(const std::string& path, bool* made = nullptr);
+// The directory of the new ones, made if it is not there.
+Result<std::string> default_run_directories();
 
 class RunDir {
  public:
-  // make_run_directory(), and locks it. ErrorCode::exists when a VM that was restored there still
-  // runs or a page server has it.
+  // make_run_directory(), and locks it. ErrorCode::exists when a VM that was
+  // restored there still runs, one that was parked there is not whole again, or
+  // a page server has it.
   static Result<RunDir> create(const std::string& path);
   // An existing one, for taking over. ErrorCode::exists when a page server has it.
   static Result<RunDir> open(const std::string& path);
@@ -92,6 +99,8 @@ class RunDir {
   // Removes what create() and a failed restore made: the directory if it was
   // ours, else our files in it, but for the logs.
   void undo();
+  // In a child process: closes its share of the lock, which our own keeps.
+  void forget_lock() { lock_.reset(); }
   // Removes what only a page server needs.
   void finish();
 

@@ -1,6 +1,9 @@
 #include "restore/served_vm.h"
 
+#include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -9,6 +12,7 @@
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
+#include "formats/test_point.h"
 #include "restore/background.h"
 #include "formats/store/recorded_working_set.h"
 #include "formats/working_set_file.h"
@@ -172,8 +176,35 @@ Status conclude(ServedVm& vm, const Result<ServeEnd>& end, const PageServerCount
 
 volatile sig_atomic_t told_to_end = 0;
 
-// Goes on serving in a child; returns its number, here in the parent. The
-// guest's faults wait for the millisecond in between.
+// Returns when the VM is to be unparked, or the serving has ended.
+void wait_for_unpark(ServedVm& vm, const Serving& serving) {
+  for (;;) {
+    pollfd word = {vm.control.get(), POLLIN, 0};
+    // Now and then, whether the VM is still there.
+    const int ready = ::poll(&word, 1, 500);
+    if (serving.ended()) return;
+    if (ready > 0 && word.revents) break;
+  }
+  vm.control.reset();
+  VMSNAP_TEST_POINT("unpark.told");
+  vm.record.phase = RestorePhase::running;
+  const Status written = vm.dir.write(vm.record);
+  if (!written) log_warning("{}", written.error().message());
+}
+
+}  // namespace
+
+Status open_control(ServedVm& vm) {
+  const std::string name = vm.dir.file("control");
+  if (::mkfifo(name.c_str(), 0600) < 0 && errno != EEXIST) {
+    return fail_errno(errno, "cannot make the FIFO {}", name);
+  }
+  // For reading and writing: it is never at its end, and whoever opens it for
+  // writing alone learns whether we live.
+  vm.control = VMSNAP_TRY(open_file(name, O_RDWR | O_NONBLOCK | O_NOFOLLOW));
+  return {};
+}
+
 Result<pid_t> serve_in_background(ServedVm& vm) {
   const pid_t child = ::fork();
   if (child < 0) return fail_errno(errno, "cannot start a background process");
@@ -185,6 +216,7 @@ Result<pid_t> serve_in_background(ServedVm& vm) {
   Status written = vm.dir.write(vm.record);
   if (!written) log_warning("{}", written.error().message());
   const auto serving = Serving::start(vm);
+  if (vm.record.phase == RestorePhase::parked) wait_for_unpark(vm, *serving);
   serving->begin_fill();
   while (!serving->ended() && !told_to_end) ::usleep(50000);
   const Result<ServeEnd> end = serving->stop();
@@ -198,8 +230,6 @@ Result<pid_t> serve_in_background(ServedVm& vm) {
   log_line(LogLevel::error, concluded.error().message());
   ::_exit(exit_status(concluded.error().code()));
 }
-
-}  // namespace
 
 Status serve_to_end(ServedVm& vm, std::unique_ptr<Serving> serving, const ServeManner& manner,
                     CommandContext& context) {

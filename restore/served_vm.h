@@ -26,6 +26,7 @@ struct ServedVm {
   Uffd uffd;
   PageMarks marks;
   std::unique_ptr<WorkingSetRecorder> recorder = nullptr;  // if the record says so
+  Fd control = {};  // DIR/control, while it is parked
 };
 
 // The features that a restore asks of userfaultfd(2) here: page_server_features,
@@ -73,6 +74,17 @@ struct ServeManner {
 // working set is written in any case.
 Status serve_to_end(ServedVm& vm, std::unique_ptr<Serving> serving, const ServeManner& manner,
                     CommandContext& context);
+
+// Goes on serving in a child process, which also lets go of the VM at the end
+// (its log is DIR/vmsnap.log); returns its number. The guest's faults wait for
+// the millisecond in between. A VM whose phase is `parked` gets its pages by
+// faults alone until a byte comes through vm.control; then its phase is
+// `running`, and the rest is loaded. Must be called while the process has one
+// thread.
+Result<pid_t> serve_in_background(ServedVm& vm);
+
+// Makes and opens DIR/control, for serve_in_background() of a parked VM.
+Status open_control(ServedVm& vm);
 
 // What --json prints; pages of 4 KiB.
 nlohmann::json to_json(const PageServerCounters& counters);

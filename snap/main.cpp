@@ -2,15 +2,21 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <iostream>
+#include <thread>
 
 #include "formats/command.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
 #include "formats/store/key_command.h"
 #include "formats/store/store_commands.h"
+#include "restore/park_commands.h"
 #include "restore/restore_commands.h"
 #include "snap/backup.h"
+#include "snap/progress.h"
+#include "snap/snapshot.h"
 #include "snap/snapshot_command.h"
 
 namespace {
@@ -21,6 +27,30 @@ int report(const Error& error) {
   std::cerr << "vmsnap: " << error.message() << "\n";
   if (!error.remedy().empty()) std::cerr << "  " << error.remedy() << "\n";
   return exit_status(error.code());
+}
+
+// The half of `park` that is the capture engine's.
+Result<ParkImage> take_park_image(const ParkImageRequest& request, CommandContext& context) {
+  SnapshotOptions options;
+  options.output = request.output;
+  options.replace_output = request.replace_output;
+  options.store = request.store.options();
+  options.dedup_domain = request.dedup_domain;
+  options.tags = request.tags;
+  options.cpus = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
+  // The VM lives on with the disks that it has.
+  options.without_disks = true;
+  options.stay_paused = true;
+  // It is to stand still; this only ends a park that does so itself.
+  options.stall_limit = std::chrono::minutes(10);
+  ProgressLine line(context.err, context.terminal);
+  const auto summary =
+      snapshot_vm(request.qmp, options, [&](SnapshotPhase phase, const CaptureCounters* counters) {
+        line.show(phase, counters);
+      });
+  line.clear();
+  if (!summary) return tl::unexpected(summary.error());
+  return ParkImage{summary->file, summary->id};
 }
 
 }  // namespace
@@ -39,6 +69,7 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", "vmsnap " VMSNAP_VERSION);
   add_snapshot_command(app, context);
   add_restore_commands(app, context);
+  add_park_commands(app, context, take_park_image);
   add_image_commands(app, context);
   add_store_commands(app, context);
   add_key_command(app, context);

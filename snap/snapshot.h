@@ -29,6 +29,9 @@ struct SnapshotOptions {
   bool without_disks = false;  // --disks none
   std::string pause_command;   // --in-pause, empty for none
   std::chrono::milliseconds pause_command_limit{10000};
+  // A VM that runs is left paused at the instant, if the image was committed;
+  // until then whatever ends us resumes it.
+  bool stay_paused = false;
   // How long the guest may wait for us, or for our disk, before we give up.
   std::chrono::milliseconds stall_limit{10000};
   // How long to wait for a lazy restore of the same VM to end.

@@ -53,6 +53,12 @@ class VmPause {
     return {};
   }
 
+  // The VM stays as it is, whatever becomes of us.
+  void keep() {
+    begun_ = false;
+    job_.pause_ended();
+  }
+
  private:
   Qmp& qmp_;
   SnapshotJob& job_;
@@ -135,16 +141,19 @@ Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& o
   VmPause pause(qmp, job, state.running);
   Status paused = pause.begin();
   if (paused) paused = in_pause();
-  const Status resumed = pause.end();
+  const bool stay = options.stay_paused && paused;
+  const Status resumed = stay ? Status() : pause.end();
   if (const Status released = target.release(qmp); !released) {
     log_warning("{}", released.error().message());
   }
   if (!resumed && !paused) log_warning("{}", paused.error().message());
   VMSNAP_CHECK(resumed);
   VMSNAP_CHECK(paused);
-  // Others may use the monitor from here on.
-  qmp.close();
-  return job.finish(to_json(record), device_state);
+  // Others may use the monitor from here on, unless it is to resume the VM yet.
+  if (!stay) qmp.close();
+  auto summary = job.finish(to_json(record), device_state);
+  if (stay && summary) pause.keep();
+  return summary;
 }
 
 }  // namespace

@@ -59,11 +59,16 @@ def assert_unharmed(pid, files_before=None):
                            f"({set(open_files(pid)) - set(files_before)})", limit=20)
 
 
-def assert_running(machine, files_before=None):
-    """A guest that runs, gets on, and has nothing of us in it."""
+def assert_goes_on(machine):
+    """A guest that runs and gets on."""
     harness.wait_until(lambda: machine.status() == "running",
                        f"the VM to run (it is {machine.status()})", limit=30)
     machine.wait_for_progress()
+
+
+def assert_running(machine, files_before=None):
+    """The same, and it has nothing of us in it."""
+    assert_goes_on(machine)
     assert_unharmed(machine.pid, files_before)
 
 
@@ -71,3 +76,16 @@ def assert_only(folder, *names):
     """Nothing else is in a directory: no temporary file stayed."""
     found = sorted(entry.name for entry in pathlib.Path(folder).iterdir())
     assert found == sorted(names), f"{folder} holds {found}, expected {sorted(names)}"
+
+
+def uses_no_processor(pid):
+    """Whether a process uses no processor time for a moment: all its threads wait."""
+    def spent():
+        words = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(words[11]) + int(words[12])
+    before = spent()
+    try:
+        harness.wait_until(lambda: spent() > before + 2, "", limit=0.5)
+        return False
+    except AssertionError:
+        return True

@@ -1,9 +1,12 @@
 """What the tests change in the machine, and change back: swap, huge pages, KSM."""
 
+import contextlib
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
+import sys
 
 import harness
 
@@ -96,6 +99,98 @@ def mount_small_disk(world, kib):
                    check=True)
     world.at_end(lambda: subprocess.run(["umount", "-l", folder], check=True))
     return folder
+
+
+def remove_folder(path):
+    shutil.rmtree(path, ignore_errors=True)
+
+
+class MemoryGroup:
+    """A cgroup that counts and limits memory, of the second or the first version."""
+
+    def __init__(self, world):
+        mounts = [line.split() for line in pathlib.Path("/proc/mounts").read_text().splitlines()]
+        roots = [(pathlib.Path(mount[1]), mount[2]) for mount in mounts
+                 if (mount[2] == "cgroup" and "memory" in mount[3].split(","))
+                 or (mount[2] == "cgroup2" and "memory" in
+                     (pathlib.Path(mount[1]) / "cgroup.subtree_control").read_text())]
+        harness.need(roots, "cgroup", "no cgroup can limit memory")
+        root, kind = roots[0]
+        self._second = kind == "cgroup2"
+        self.path = root / world.folder.name
+        try:
+            self.path.mkdir()
+        except OSError as error:
+            harness.need(False, "cgroup", str(error))
+        world.at_end(self._remove)
+        self._before = root / self._ours(kind).lstrip("/")
+
+    def _ours(self, kind):
+        for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if (kind == "cgroup2") == (controllers == "") and (
+                    kind == "cgroup2" or "memory" in controllers.split(",")):
+                return path
+        return "/"
+
+    def _remove(self):
+        harness.wait_until(lambda: not (self.path / "cgroup.procs").read_text(), "an empty cgroup")
+        self.path.rmdir()
+
+    @contextlib.contextmanager
+    def entered(self):
+        """What is started meanwhile is in it."""
+        (self.path / "cgroup.procs").write_text(str(os.getpid()))
+        try:
+            yield
+        finally:
+            (self._before / "cgroup.procs").write_text(str(os.getpid()))
+
+    def limit(self, count):
+        name = "memory.max" if self._second else "memory.limit_in_bytes"
+        (self.path / name).write_text(str(count))
+
+    def used(self):
+        """Bytes that cannot be had back by forgetting files."""
+        wanted = {"anon", "shmem"} if self._second else {"total_rss", "total_shmem"}
+        words = [line.split() for line in (self.path / "memory.stat").read_text().splitlines()]
+        return sum(int(count) for name, count in words if name in wanted)
+
+    def kills(self):
+        """How often something in it was killed for want of memory."""
+        name = "memory.events" if self._second else "memory.oom_control"
+        words = [line.split() for line in (self.path / name).read_text().splitlines()]
+        return sum(int(count) for what, count in words if what == "oom_kill")
+
+
+DEBUGGER = """
+import ctypes, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+SEIZE, CONTINUE = 0x4206, 7
+for task in os.listdir(f"/proc/{sys.argv[1]}/task"):
+    assert libc.ptrace(SEIZE, int(task), None, None) == 0, ctypes.get_errno()
+print("attached", flush=True)
+while True:
+    pid, status = os.waitpid(-1, 0x40000000)
+    if os.WIFSTOPPED(status):
+        number = os.WSTOPSIG(status)
+        libc.ptrace(CONTINUE, pid, None, 0 if number == signal.SIGTRAP else number)
+"""
+
+
+@contextlib.contextmanager
+def debugged(pid):
+    """Somebody traces all threads of a process, and lets them run."""
+    debugger = subprocess.Popen([sys.executable, "-c", DEBUGGER, str(pid)], text=True,
+                                stdout=subprocess.PIPE)
+    try:
+        assert debugger.stdout.readline() == "attached\n"
+        yield
+    finally:
+        debugger.kill()
+        debugger.wait()
+        debugger.stdout.close()
 
 
 def kill(pid):

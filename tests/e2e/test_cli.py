@@ -11,8 +11,8 @@ import checks
 import harness
 import victims
 
-COMMANDS = ["snapshot", "restore", "serve", "show", "verify", "export", "list", "import", "rm",
-            "undelete", "prune", "repair", "diff", "key", "backup", "clones"]
+COMMANDS = ["snapshot", "restore", "clones", "park", "unpark", "serve", "show", "verify", "export",
+            "list", "import", "rm", "undelete", "prune", "repair", "diff", "key", "backup"]
 
 
 def help_of(*command):
