@@ -6,7 +6,6 @@ import ctypes
 import json
 import mmap
 import os
-import pathlib
 import random
 import signal
 import socket
@@ -20,6 +19,7 @@ import victims
 MIB = 1 << 20
 HANDSHAKES = 10000
 SYS_userfaultfd = 323
+PR_SET_PDEATHSIG = 1
 UFFDIO_API = 0xC018AA3F
 UFFDIO_REGISTER = 0xC020AA00
 
@@ -77,8 +77,8 @@ def random_text(rng):
 def send(path, rng, text, descriptors):
     """Sends in a few pieces, and goes away with or without waiting for the end."""
     with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))  # waits while the backlog is full
         connection.settimeout(harness.LIMIT)
-        connection.connect(str(path))
         try:
             pieces = rng.choice([1, 1, 1, 2, 5])
             length = max(1, (len(text) + pieces - 1) // pieces)
@@ -103,6 +103,8 @@ def hostile_child(path, rng):
     pid = os.fork()
     if pid:
         return pid
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.dup2(os.open("/dev/null", os.O_RDWR), 1)
     try:
         uffd = libc.syscall(SYS_userfaultfd, os.O_CLOEXEC | rng.choice([0, os.O_NONBLOCK]))
         memory = mmap.mmap(-1, MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
