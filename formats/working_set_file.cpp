@@ -47,8 +47,8 @@ std::vector<std::byte> encode_working_set(const layout::ImageId& image,
 }
 
 Result<std::vector<uint64_t>> decode_working_set(std::span<const std::byte> bytes,
-                                                 const layout::ImageId& image,
-                                                 uint64_t page_count, const std::string& name) {
+                                                 const layout::ImageId& image, uint64_t page_count,
+                                                 const std::string& name) {
   WorkingSetHeader header;
   if (bytes.size() < sizeof header) return unusable(name, "it is cut short");
   std::memcpy(&header, bytes.data(), sizeof header);

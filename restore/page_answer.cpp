@@ -59,9 +59,13 @@ Result<PageServer::Answer> PageServer::answer(const Fault& fault, std::span<std:
 Result<PageServer::Answer> PageServer::lift_protection(const Fault& fault) {
   const RemoteRange unit = {fault.address, ranges_[fault.range].unit};
   switch (VMSNAP_TRY(uffd_.unprotect(unit))) {
-    case ProtectOutcome::try_again: return Answer::again;
-    case ProtectOutcome::no_mapping: VMSNAP_CHECK(uffd_.wake(unit)); break;
-    case ProtectOutcome::done: break;
+    case ProtectOutcome::try_again:
+      return Answer::again;
+    case ProtectOutcome::no_mapping:
+      VMSNAP_CHECK(uffd_.wake(unit));
+      break;
+    case ProtectOutcome::done:
+      break;
   }
   return Answer::done;
 }
@@ -78,16 +82,14 @@ Result<bool> PageServer::read_unit(const ServedRange& range, uint64_t first_page
   return has_data;
 }
 
-Result<Uffd::Copied> PageServer::put(size_t range, RemotePtr at,
-                                     std::span<const std::byte> bytes) {
+Result<Uffd::Copied> PageServer::put(size_t range, RemotePtr at, std::span<const std::byte> bytes) {
   if (protect_[range].load(std::memory_order_relaxed)) {
     const auto copied = VMSNAP_TRY(uffd_.copy(at, bytes, CopyMode::write_protected));
     if (copied.outcome != CopyOutcome::cannot_protect) return copied;
     if (protect_[range].exchange(false)) {
-      log_line(LogLevel::error,
-               fmt::format("{}: {} is not registered for write protection "
-                           "(UFFDIO_REGISTER_MODE_WP); its pages arrive without",
-                           options_.vm, ranges_[range].name));
+      log_line(LogLevel::error, fmt::format("{}: {} is not registered for write protection "
+                                            "(UFFDIO_REGISTER_MODE_WP); its pages arrive without",
+                                            options_.vm, ranges_[range].name));
     }
   }
   return uffd_.copy(at, bytes);
@@ -118,12 +120,12 @@ Result<PageServer::Answer> PageServer::give_up(const ServedRange& range, uint64_
   bool poisoned = false;
   if (VMSNAP_TRY(poison(range, first_page, &poisoned)) == Answer::again) return Answer::again;
   unreadable_.insert(first_page);
-  log_line(LogLevel::error,
-           fmt::format("{}: {} at offset {:#x} of {} cannot be read back: {}. {}", options_.vm,
-                       range.unit == page_size ? "the page" : "the huge page",
-                       (first_page - range.first_page) * page_size, range.name, why,
-                       poisoned
-                           ? "It is poisoned: touching it is a memory error."
+  log_line(
+      LogLevel::error,
+      fmt::format("{}: {} at offset {:#x} of {} cannot be read back: {}. {}", options_.vm,
+                  range.unit == page_size ? "the page" : "the huge page",
+                  (first_page - range.first_page) * page_size, range.name, why,
+                  poisoned ? "It is poisoned: touching it is a memory error."
                            : "This kernel cannot poison it (Linux 6.6): who touches it waits."));
   return Answer::done;
 }

@@ -83,9 +83,8 @@ Result<bool> PageServer::wait_for_work() {
 }
 
 Status PageServer::start_source() {
-  source_ =
-      VMSNAP_TRY(PageSource::start(reader_, marks_, ranges_, options_.prefetch,
-                                   decoder_threads(options_.decoder_threads)));
+  source_ = VMSNAP_TRY(PageSource::start(reader_, marks_, ranges_, options_.prefetch,
+                                         decoder_threads(options_.decoder_threads)));
   return {};
 }
 
@@ -127,7 +126,8 @@ Result<uint64_t> PageServer::fill_piece(uint64_t budget) {
   }
 
   const RemotePtr to = range.address_of(first_page);
-  const auto copied = VMSNAP_TRY(put(extent_->range, to, extent_->bytes_of(extent_done_, piece.pages)));
+  const auto copied =
+      VMSNAP_TRY(put(extent_->range, to, extent_->bytes_of(extent_done_, piece.pages)));
   const uint64_t pages = copied.bytes / page_size;
   if (pages > 0) {
     count_filled(filled_by_background_, marks_.set_resolved(first_page, pages));

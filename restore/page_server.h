@@ -63,15 +63,15 @@ struct PageServerOptions {
   // What is loaded that nobody touched. Only with `all` does serve() ever
   // return ServeEnd::filled.
   Prefetch prefetch = Prefetch::all;
-  bool prefetch_at_once = true;   // false: from begin_fill() on
-  bool release = true;            // when all is there, unregister the ranges and return
-  bool use_poison = true;         // false: as on a kernel without UFFDIO_POISON
-  bool write_protect = false;     // pages arrive with the mark, where it is registered for
-  unsigned decoder_threads = 0;   // 0: by the number of CPUs, at most 4
-  unsigned fault_threads = 4;     // so many slow pages hold up nobody else
+  bool prefetch_at_once = true;            // false: from begin_fill() on
+  bool release = true;                     // when all is there, unregister the ranges and return
+  bool use_poison = true;                  // false: as on a kernel without UFFDIO_POISON
+  bool write_protect = false;              // pages arrive with the mark, where it is registered for
+  unsigned decoder_threads = 0;            // 0: by the number of CPUs, at most 4
+  unsigned fault_threads = 4;              // one slow page fewer holds up nobody else
   WorkingSetRecorder* recorder = nullptr;  // (borrowed) told of data pages that faulted
-  int pidfd = -1;                // of the VMM (borrowed); -1: its death is found by asking
-  std::string vm = "the VM";     // for the log
+  int pidfd = -1;             // of the VMM (borrowed); -1: its death is found by asking
+  std::string vm = "the VM";  // for the log
 };
 
 struct LatencySummary {
@@ -194,18 +194,18 @@ class PageServer {
   std::shared_mutex order_;
   std::vector<std::byte> zeros_;  // one unit, where zero pages must be copied
   std::vector<std::thread> answerers_;
-  std::atomic<uint64_t> turn_ = 0;         // see begin_answer()
-  std::atomic<bool> unwatched_ = false;    // the thread in serve() is to be woken to watch
-  std::mutex queue_mutex_;                 // of the next five
+  std::atomic<uint64_t> turn_ = 0;       // see begin_answer()
+  std::atomic<bool> unwatched_ = false;  // the thread in serve() is to be woken to watch
+  std::mutex queue_mutex_;               // of the next five
   std::condition_variable queue_changed_;
   std::deque<Fault> queue_;                // read, and nobody settles them yet
   std::optional<uint64_t> free_turn_ = 0;  // the reader's role is free, and turn_ is this
   unsigned idle_answerers_ = 0;
-  std::optional<Error> failed_;            // of an answerer
-  std::atomic<size_t> queued_ = 0;         // queue_.size()
-  std::mutex unreadable_mutex_;      // of the next two
-  std::unordered_set<uint64_t> unreadable_;  // first pages of units already given up
-  std::vector<RemoteRange> left_missing_;    // those that could not be poisoned
+  std::optional<Error> failed_;                   // of an answerer
+  std::atomic<size_t> queued_ = 0;                // queue_.size()
+  std::mutex unreadable_mutex_;                   // of the next two
+  std::unordered_set<uint64_t> unreadable_;       // first pages of units already given up
+  std::vector<RemoteRange> left_missing_;         // those that could not be poisoned
   std::unique_ptr<std::atomic<bool>[]> protect_;  // of each range: arrives write-protected
   std::atomic<Clock::time_point> last_fault_ = Clock::time_point();
 

@@ -51,7 +51,6 @@ Result<std::unique_ptr<PageSource>> PageSource::start(const ImageReader& reader,
     source->free_.push_back(slot.get());
     source->slots_.push_back(std::move(slot));
   }
-  source->order_working_set();
   source->decoders_running_ = threads;
   for (unsigned i = 0; i < threads; ++i) {
     source->threads_.emplace_back([s = source.get()] { s->run_decoder(); });
@@ -142,7 +141,8 @@ void PageSource::order_working_set() {
       single.push_back({i, range.first_page + unit * unit_pages, unit_pages, rank});
     }
   }
-  std::ranges::sort(single, {}, [](const Run& run) { return std::pair(run.range, run.first_page); });
+  std::ranges::sort(single, {},
+                    [](const Run& run) { return std::pair(run.range, run.first_page); });
   for (const Run& run : single) {
     if (!working_set_.empty()) {
       Run& last = working_set_.back();
@@ -162,6 +162,10 @@ void PageSource::order_working_set() {
 // Finds the next extent to load; false when there is none.
 bool PageSource::claim(DecodedExtent& extent) {
   std::lock_guard lock(claim_mutex_);
+  if (!ordered_) {
+    order_working_set();
+    ordered_ = true;
+  }
   if (next_of_working_set_ < working_set_.size()) {
     const Run& run = working_set_[next_of_working_set_++];
     extent.range = run.range;

@@ -117,6 +117,7 @@ class PageSource {
   Fd ready_;
 
   std::mutex claim_mutex_;  // held while the page tree is read: never by the taker
+  bool ordered_ = false;    // working_set_ was read: by a decoder, because it is on the disk
   std::vector<Run> working_set_;
   size_t next_of_working_set_ = 0;
   size_t next_range_ = 0;

@@ -25,8 +25,9 @@ struct RestoreArguments {
 
 void add_prefetch_option(CLI::App& command, std::string& prefetch) {
   command
-      .add_option("--prefetch", prefetch,
-                  "What to load that was not touched: 'none', the 'working-set', or 'all' (default)")
+      .add_option(
+          "--prefetch", prefetch,
+          "What to load that was not touched: 'none', the 'working-set', or 'all' (default)")
       ->type_name("none|working-set|all")
       ->check(CLI::IsMember({"none", "working-set", "all"}));
 }

@@ -31,8 +31,8 @@ std::unique_ptr<Serving> Serving::start(ServedVm& vm) {
   options.prefetch = vm.record.prefetch;
   options.prefetch_at_once = false;
   if (vm.record.record_working_set && !vm.recorder) {
-    vm.recorder = std::make_unique<WorkingSetRecorder>(vm.image->page_count(),
-                                                       layout::working_set_max_pages);
+    vm.recorder =
+        std::make_unique<WorkingSetRecorder>(vm.image->page_count(), layout::working_set_max_pages);
   }
   options.recorder = vm.recorder.get();
   options.pidfd = vm.process.pidfd();
@@ -106,8 +106,8 @@ void print_summary(const ServedVm& vm, const PageServerCounters& counters,
         "  monitor {}\n"
         "  pages   {} zero, {} by faults, {} in the background, {} of {} to come\n"
         "  faults  {}, answered in {:.0f} us (median), {:.0f} us (99 %), {:.0f} us (longest)\n",
-        vm.process.describe(), what_it_does(vm.record), vm.record.ready_ms,
-        vm.dir.path(), vm.record.qmp, image.zero_pages, counters.filled_by_fault,
+        vm.process.describe(), what_it_does(vm.record), vm.record.ready_ms, vm.dir.path(),
+        vm.record.qmp, image.zero_pages, counters.filled_by_fault,
         counters.filled_by_background + counters.found_filled,
         counters.data_pages - std::min(counters.data_pages, counters.filled()), counters.data_pages,
         counters.faults, counters.fault_us.p50, counters.fault_us.p99, counters.fault_us.max);
@@ -124,8 +124,7 @@ void save_recorded(const ServedVm& vm) {
     log_warning("the working set is not recorded: {}", saved.error().message());
     return;
   }
-  log_info("{} pages of the working set recorded in {}", pages.size(),
-           working_set_path(*vm.image));
+  log_info("{} pages of the working set recorded in {}", pages.size(), working_set_path(*vm.image));
 }
 
 // After the page server: writes down how it ended and lets go of the VM.

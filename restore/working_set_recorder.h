@@ -11,8 +11,7 @@ namespace vmsnap {
 class WorkingSetRecorder {
  public:
   // Of an image with so many pages; remembers `limit` of them, the first ones.
-  WorkingSetRecorder(uint64_t image_pages, uint64_t limit)
-      : seen_(image_pages), limit_(limit) {}
+  WorkingSetRecorder(uint64_t image_pages, uint64_t limit) : seen_(image_pages), limit_(limit) {}
 
   // Image page; again, or beyond the end: ignored.
   void add(uint64_t page) {

@@ -31,11 +31,11 @@ struct UffdEvent {
 
 enum class CopyOutcome {
   copied,
-  already_there,  // EEXIST: a page is mapped there; nobody was woken
-  try_again,      // EAGAIN: an event is unread or the map is changing; nothing copied
-  no_mapping,     // ENOENT: the range is not mapped and registered any more
-  no_memory,      // ENOMEM
-  cannot_protect, // EINVAL of a write-protected copy: not registered for that
+  already_there,   // EEXIST: a page is mapped there; nobody was woken
+  try_again,       // EAGAIN: an event is unread or the map is changing; nothing copied
+  no_mapping,      // ENOENT: the range is not mapped and registered any more
+  no_memory,       // ENOMEM
+  cannot_protect,  // EINVAL of a write-protected copy: not registered for that
 };
 
 enum class ProtectOutcome { done, try_again, no_mapping };
@@ -105,7 +105,7 @@ class Uffd {
                       CopyMode mode = CopyMode::writable) const;
   Result<Copied> zero(RemoteRange range, bool wake = true) const;
 
-  // Makes every later access a SIGBUS (UFFDIO_POISON, Linux 6.6). 
+  // Makes every later access a SIGBUS (UFFDIO_POISON, Linux 6.6).
   Result<Copied> poison(RemoteRange range) const;
 
   // Wakes who waits in the range; they fault again if nothing changed.

@@ -1,6 +1,8 @@
 """`vmsnap serve`: the page server alone, for VMMs that speak Firecracker's UFFD
 handshake."""
 
+import os
+import pathlib
 import signal
 
 import pytest
@@ -22,9 +24,9 @@ def an_image(shared_world):
     return path, harness.export(shared_world, path).read_bytes()
 
 
-def serve(world, image):
+def serve(world, image, *options):
     socket = world.path("uffd.sock")
-    run = world.start_vmsnap("serve", image, "--socket", socket)
+    run = world.start_vmsnap("serve", image, "--socket", socket, *options)
     harness.wait_until(lambda: socket.exists() or run.process.poll() is not None, "the socket")
     assert run.process.poll() is None, f"did not start: {run.wait()}"
     return run, socket
@@ -66,6 +68,71 @@ def test_discarded_memory_reads_as_zeros(world, image):
         assert read_back(world, client, offset, 8 * 4096) == bytes(8 * 4096)
         after = offset + 8 * 4096
         assert read_back(world, client, after, 4096) == raw[after:after + 4096]
+
+
+def test_each_vmm_gets_its_own_pages(world, image):
+    """Two at once on one socket, with different parts of the image in one place,
+    and what one gives back the other keeps."""
+    path, raw = image
+    _, socket = serve(world, path, "--prefetch", "none")
+    one = connect(world, socket, [(0, 8 * MIB)])
+    two = connect(world, socket, [(4 * MIB, 8 * MIB)])
+    for offset in range(0, 8 * MIB, MIB):
+        assert read_back(world, one, offset, MIB) == raw[offset:offset + MIB]
+        assert read_back(world, two, offset, MIB) == raw[4 * MIB + offset:5 * MIB + offset]
+    assert one.ask(f"dontneed 0 {MIB}") == "DONE 0"
+    assert read_back(world, one, 0, MIB) == bytes(MIB)
+    assert read_back(world, two, 0, MIB) == raw[4 * MIB:5 * MIB]
+    one.process.kill()
+    one.process.wait()
+    assert read_back(world, two, 4 * MIB, 4 * MIB) == raw[8 * MIB:12 * MIB]
+
+
+def test_write_protect_where_it_was_not_registered_for(world, image):
+    path, raw = image
+    run, socket = serve(world, path, "--write-protect")
+    client = connect(world, socket, [(0, 16 * MIB)])
+    assert read_back(world, client, 0, 16 * MIB) == raw
+    run.signal(signal.SIGTERM)
+    assert "is not registered for write protection" in run.wait().expect("interrupted").err
+
+
+def status_of(task):
+    text = (task / "status").read_text()
+    return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+
+
+def test_gives_up_its_privileges(world, image):
+    """All threads, those that serve a VMM as well."""
+    path, raw = image
+    run, socket = serve(world, path)
+    client = connect(world, socket, [(0, MIB)])
+    assert read_back(world, client, 0, MIB) == raw[:MIB]
+    tasks = list(pathlib.Path(f"/proc/{run.pid}/task").iterdir())
+    assert len(tasks) > 2
+    for task in tasks:
+        status = status_of(task)
+        for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb"):
+            assert int(status[name], 16) == 0, name
+        assert status["NoNewPrivs"].strip() == "1"
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["clear", "encrypted"])
+@pytest.mark.parametrize("owner", [0, 65534], ids=["ours", "of-another"])
+def test_packs_of_a_store_are_opened_without_privileges(world, image, sealed, owner):
+    path, raw = image
+    store, key = world.path("store"), world.path("key")
+    key.write_text("a key of this test")
+    options = ["--key-file", key] if sealed else []
+    world.vmsnap("import", path, "--store", store, *options).expect("ok")
+    for folder, _, names in os.walk(store):
+        for name in [".", *names]:
+            os.chown(os.path.join(folder, name), owner, -1)
+    run, socket = serve(world, "latest", "--store", store, *options)
+    client = connect(world, socket, [(0, 16 * MIB)])
+    assert read_back(world, client, 0, 16 * MIB) == raw
+    kept = int(status_of(pathlib.Path(f"/proc/{run.pid}"))["CapEff"], 16)
+    assert kept == (1 << 2 if owner else 0)  # CAP_DAC_READ_SEARCH
 
 
 BAD_HANDSHAKES = {

@@ -80,9 +80,8 @@ TEST_F(PageOrderTest, SlowPagesHoldUpNobodyElse) {
   EXPECT_EQ(served->read(301), Page{});
   for (const uint64_t page : {100, 101, 103}) EXPECT_FALSE(served->has_read(page));
   disk_->release();
-  wait_until([&] {
-    return served->has_read(100) && served->has_read(101) && served->has_read(103);
-  });
+  wait_until(
+      [&] { return served->has_read(100) && served->has_read(101) && served->has_read(103); });
   for (const uint64_t page : {100, 101, 103}) {
     EXPECT_EQ(served->shown(page), expected_page(page)) << page;
   }
@@ -138,16 +137,25 @@ class RandomOrder {
     const uint64_t page = below(contents_.size());
     const uint64_t count = std::min<uint64_t>(1 + below(12), contents_.size() - page);
     switch (below(16)) {
-      case 0: change(page, count, Content::zero, [&] { child_.give_back(page, count); }); break;
-      case 1: change(page, count, Content::unmapped, [&] { child_.unmap(page, count); }); break;
-      case 2: unregister(page, count); break;
-      case 3: change(page, 1, Content::written, [&] { child_.write(page); }); break;
+      case 0:
+        change(page, count, Content::zero, [&] { child_.give_back(page, count); });
+        break;
+      case 1:
+        change(page, count, Content::unmapped, [&] { child_.unmap(page, count); });
+        break;
+      case 2:
+        unregister(page, count);
+        break;
+      case 3:
+        change(page, 1, Content::written, [&] { child_.write(page); });
+        break;
       case 4:
       case 5:
       case 6:
         if (mapped(page, 1)) child_.begin_read(page);
         break;
-      default: check(page);
+      default:
+        check(page);
     }
   }
   void check(uint64_t page) {
@@ -156,10 +164,17 @@ class RandomOrder {
     ASSERT_TRUE(bytes) << page;
     const bool image = *bytes == expected_page(page), zero = *bytes == Page{};
     switch (contents_[page]) {
-      case Content::image: EXPECT_TRUE(image) << page; break;
-      case Content::zero: EXPECT_TRUE(zero) << page; break;
-      case Content::image_or_zero: EXPECT_TRUE(image || zero) << page; break;
-      default: EXPECT_EQ(*bytes, ServedChild::written_page()) << page;
+      case Content::image:
+        EXPECT_TRUE(image) << page;
+        break;
+      case Content::zero:
+        EXPECT_TRUE(zero) << page;
+        break;
+      case Content::image_or_zero:
+        EXPECT_TRUE(image || zero) << page;
+        break;
+      default:
+        EXPECT_EQ(*bytes, ServedChild::written_page()) << page;
     }
   }
   uint64_t below(uint64_t limit) { return random_() % limit; }

@@ -47,8 +47,8 @@ class PageSourceTest : public ::testing::Test {
 
 TEST_F(PageSourceTest, BeginsWithTheWorkingSetAndLeavesNothingOut) {
   write({1100, 1030, 1600, 1101});
-  const Extents all = {{1100, 2}, {1030, 1}, {1600, 1}, {0, 512}, {512, 512}, {1024, 512},
-                       {1536, 512}};
+  const Extents all = {{1100, 2},  {1030, 1},   {1600, 1},  {0, 512},
+                       {512, 512}, {1024, 512}, {1536, 512}};
   EXPECT_EQ(extents(*open_image(path_), one_range(), Prefetch::all), all);
   write({});
   EXPECT_EQ(extents(*open_image(path_), one_range(), Prefetch::all),

@@ -36,8 +36,7 @@ struct ChildUffd {
 class ServedChild {
  public:
   // Null (and the test is to be skipped) when the machine has no such memory.
-  static std::unique_ptr<ServedChild> start(uint64_t pages,
-                                            MemoryKind kind = MemoryKind::anonymous,
+  static std::unique_ptr<ServedChild> start(uint64_t pages, MemoryKind kind = MemoryKind::anonymous,
                                             ChildUffd manner = {}) {
     std::unique_ptr<ServedChild> child(new ServedChild(pages, kind, manner));
     return child->begin() ? std::move(child) : nullptr;
