@@ -149,11 +149,10 @@ Status Parking::serve(RestorePhase phase) {
 
 // Nothing was dropped: the VM is to be as it was.
 Status Parking::undo() {
-  if (vm_->record.uffd >= 0) {
-    VMSNAP_CHECK(release_memory(vm_->uffd, vm_->record.ranges, vm_->marks));
-    VMSNAP_CHECK(close_in_process(vm_->process, vm_->record.uffd));
-  }
+  const bool attached = vm_->record.uffd >= 0;
+  if (attached) VMSNAP_CHECK(release_memory(vm_->uffd, vm_->record.ranges, vm_->marks));
   if (was_captured_ && vm_->record.resume) VMSNAP_CHECK(resume_vm(vm_->record.qmp));
+  if (attached) VMSNAP_CHECK(close_in_process(vm_->process, vm_->record.uffd));
   vm_->dir.undo();
   return {};
 }

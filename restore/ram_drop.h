@@ -57,10 +57,9 @@ Status freeze_memory(const Uffd& uffd, const std::vector<ServedRange>& ranges, P
 // ErrorCode::damaged one that cannot be read, ErrorCode::interrupted.
 Status compare_memory(const Process& process, const ImageReader& image, const GuestMemory& memory);
 
-// Some of it may be gone when this fails. Takes some 50 ms a GiB. If we are
-// killed, the helper that has the VMM run the madvise may wait until a successor
-// reads its event: `let_go` is called in it first, and is to close what a
-// successor could not do without.
+// Some of it may be gone when this fails. If we are killed, the helper that has
+// the VMM run the madvise may wait until a successor reads its event: `let_go`
+// is called in it first, and is to close what a successor could not do without.
 Status drop_memory(const Process& process, const Uffd& uffd, const GuestMemory& memory,
                    PageMarks& marks, const std::function<void()>& let_go);
 

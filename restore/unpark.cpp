@@ -30,7 +30,7 @@ Result<std::string> find_run_dir(const std::string& qmp) {
   for (const auto& entry : fs::directory_iterator(parent, failed)) {
     const auto record = read_restore_record(entry.path().string());
     if (!record || !record->of_parked_vm || record->qmp != socket) continue;
-    if (record->phase == RestorePhase::complete || record->phase == RestorePhase::ended) continue;
+    if (record->phase == RestorePhase::complete || !find_process(*record)) continue;
     return entry.path().string();
   }
   return tl::unexpected(

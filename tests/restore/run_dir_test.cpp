@@ -147,6 +147,21 @@ TEST(RunDirTest, ADirectoryOfALivingVmIsRefused) {
   EXPECT_TRUE(RunDir::create(parent.path()));
 }
 
+TEST(RunDirTest, OfAVmThatWasParkedAndIsWholeAgain) {
+  const TemporaryDirectory parent;
+  RestoreRecord record = some_record();
+  record.pid = ::getpid();
+  record.start_time = Process::open(::getpid())->start_time();
+  record.of_parked_vm = true;
+  record.phase = RestorePhase::parked;
+  { ASSERT_TRUE(RunDir::create(parent.path())->write(record)); }
+  EXPECT_TRUE(read_restore_record(parent.path())->of_parked_vm);
+  EXPECT_FALSE(RunDir::create(parent.path()));
+  record.phase = RestorePhase::complete;
+  { ASSERT_TRUE(RunDir::open(parent.path())->write(record)); }
+  EXPECT_TRUE(RunDir::create(parent.path()));
+}
+
 TEST(RunDirTest, WhatCannotBeReadIsNotOverwritten) {
   const TemporaryDirectory parent;
   ASSERT_TRUE(write_small_file(parent / "restore.json", "{]"));
