@@ -1,5 +1,6 @@
 // The background half of PageServer: copying what nobody has asked for yet, and
-// letting go of the ranges when all is there.
+// letting go of the ranges when all is there. The reader does it, between events:
+// beside it, it would take the CPU from it or from the guest.
 
 #include <poll.h>
 #include <unistd.h>
@@ -31,55 +32,55 @@ unsigned decoder_threads(unsigned wanted) {
 
 }  // namespace
 
-Result<ServeEnd> PageServer::fill_until_end() {
-  for (;;) {
-    if (!VMSNAP_TRY(wait_for_work())) {
-      return vm_is_gone() ? ServeEnd::vm_gone : ServeEnd::stopped;
-    }
-    stalled_ = false;
-    if (!may_fill()) continue;
-    if (!source_) VMSNAP_CHECK(start_source());
-    const bool faulted = Clock::now() - last_fault_.load(std::memory_order_relaxed) < recent;
-    VMSNAP_CHECK(fill(faulted ? small_piece : large_piece));
-    if (!nothing_left()) continue;
-    source_.reset();
-    filled_ = true;
-    if (options_.prefetch != Prefetch::all) continue;
-    VMSNAP_TEST_POINT("restore.filled");
-    if (!options_.release) continue;
-    VMSNAP_CHECK(release_ranges());
-    return ServeEnd::filled;
-  }
+// A step of the fill, by the reader, when it has nothing else to do.
+Status PageServer::fill_some() {
+  stalled_ = false;
+  if (!may_fill()) return {};
+  if (!source_) VMSNAP_CHECK(start_source());
+  const bool faulted = Clock::now() - last_fault_ < recent;
+  VMSNAP_CHECK(fill(faulted ? small_piece : large_piece));
+  if (!nothing_left()) return {};
+  source_.reset();
+  filled_ = true;
+  if (options_.prefetch != Prefetch::all) return {};
+  VMSNAP_TEST_POINT("restore.filled");
+  if (!options_.release) return {};
+  VMSNAP_CHECK(release_ranges());
+  released_.store(true);
+  wake(called_);
+  return {};
 }
 
 bool PageServer::may_fill() const {
   return options_.prefetch != Prefetch::none && fill_.load() && !filled_;
 }
 
-Result<bool> PageServer::wait_for_work() {
+// Waits for events, or for something that can be filled.
+Status PageServer::wait_for_work() {
   const bool to_begin = may_fill() && !source_;
   const bool can_fill = to_begin || (source_ && (extent_ || source_->exhausted()));
-  int timeout_ms = 1000;
+  int timeout_ms = -1;
   if (stalled_) {
     // EAGAIN: the thread that removes memory has yet to run. It needs a CPU.
     timeout_ms = 1;
   } else if (can_fill) {
     timeout_ms = 0;
   }
-  // A reader that is stuck is noticed after a millisecond or two.
-  if (watch_reader()) timeout_ms = std::min(timeout_ms, 1);
-  pollfd fds[3] = {{called_.get(), POLLIN, 0},
-                   {options_.pidfd, POLLIN, 0},
+  pollfd fds[4] = {{uffd_.fd(), POLLIN, 0},
+                   {halt_.get(), POLLIN, 0},
+                   {begun_.get(), POLLIN, 0},
                    {source_ && !extent_ ? source_->ready_fd() : -1, POLLIN, 0}};
-  const int ready = ::poll(fds, 3, timeout_ms);
-  if (ready < 0 && errno != EINTR) return fail_errno(errno, "cannot wait for page faults");
-  if (stop_.load() || fds[1].revents) return false;
-  if (fds[0].revents) {
-    uint64_t ignored;
-    [[maybe_unused]] const ssize_t got = ::read(called_.get(), &ignored, sizeof ignored);
+  if (::poll(fds, 4, timeout_ms) < 0 && errno != EINTR) {
+    return fail_errno(errno, "cannot wait for page faults");
   }
-  if (ready == 0 && timeout_ms == 1000 && vm_is_gone()) return false;
-  return true;
+  if (fds[0].revents & (POLLERR | POLLNVAL)) {
+    return fail(ErrorCode::io, "the userfaultfd of {} cannot be waited for", options_.vm);
+  }
+  if (fds[2].revents) {
+    uint64_t ignored;
+    [[maybe_unused]] const ssize_t got = ::read(begun_.get(), &ignored, sizeof ignored);
+  }
+  return {};
 }
 
 Status PageServer::start_source() {

@@ -18,6 +18,7 @@ PageServer::PageServer(const Uffd& uffd, const ImageReader& reader, PageMarks& m
       ranges_(std::move(ranges)),
       options_(std::move(options)),
       called_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      begun_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       halt_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       fill_(options_.prefetch_at_once),
       protect_(new std::atomic<bool>[ranges_.size()]),
@@ -27,17 +28,17 @@ PageServer::~PageServer() = default;
 
 void PageServer::stop() {
   stop_.store(true);
-  wake_server();
+  wake(called_);
 }
 
 void PageServer::begin_fill() {
   fill_.store(true);
-  wake_server();
+  wake(begun_);
 }
 
-void PageServer::wake_server() const {
+void PageServer::wake(const Fd& eventfd) {
   const uint64_t one = 1;
-  [[maybe_unused]] const ssize_t put = ::write(called_.get(), &one, sizeof one);
+  [[maybe_unused]] const ssize_t put = ::write(eventfd.get(), &one, sizeof one);
 }
 
 PageServerCounters PageServer::counters() const {
@@ -72,11 +73,11 @@ Result<ServeEnd> PageServer::serve() {
 Result<ServeEnd> PageServer::run() {
   VMSNAP_CHECK(prepare());
   VMSNAP_CHECK(start_answerers());
-  return fill_until_end();
+  return watch_until_end();
 }
 
 Status PageServer::prepare() {
-  if (!called_ || !halt_) {
+  if (!called_ || !begun_ || !halt_) {
     return fail(ErrorCode::io, "cannot make an eventfd: too many open files");
   }
   // poll(2) on a blocking userfaultfd only ever says POLLERR.

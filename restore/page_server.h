@@ -8,8 +8,9 @@
 // one thread while no page is copied; and a page is copied only after another
 // look at its mark. It is decoded before that.
 //
-// The thread in serve() copies the rest in pieces, small ones while the guest
-// faults. Decoding ahead for it is done by threads of a PageSource. None of
+// The thread that reads events copies the rest in pieces, small ones while the
+// guest faults, and looks for events after each. The thread in serve() watches.
+// Decoding ahead for it is done by threads of a PageSource. None of
 // them touches the memory that is served, so none waits for itself.
 //
 // A page is given whole (UFFDIO_COPY): a guest sees no page half filled. What
@@ -130,7 +131,7 @@ class PageServer {
 
   Result<ServeEnd> run();
   Status prepare();
-  void wake_server() const;
+  static void wake(const Fd& eventfd);
   bool find_range(RemotePtr address, size_t* index) const;
   bool vm_is_gone() const;
 
@@ -141,13 +142,13 @@ class PageServer {
   Status answer_until_halted();
   void begin_answer(uint64_t turn);
   bool end_answer(uint64_t& turn);
+  Result<ServeEnd> watch_until_end();
   bool watch_reader();  // false: it may be left alone until it asks
   std::optional<Fault> wait_for_turn(std::optional<uint64_t>& turn);
   std::optional<Fault> take_queued();
   void queue_faults(std::span<const Fault> faults);
   void postpone(const Fault& fault);
   Result<std::optional<Fault>> read_fault();
-  Status wait_for_events() const;
   std::optional<Fault> fault_of(const UffdEvent& event);
   void note_removals(const std::vector<UffdEvent>& events);
   void note_removed(RemotePtr start, uint64_t length);
@@ -169,9 +170,9 @@ class PageServer {
     DecodedExtent::State state;
     uint64_t pages;
   };
-  Result<ServeEnd> fill_until_end();
+  Status fill_some();
   bool may_fill() const;
-  Result<bool> wait_for_work();  // false: the VMM is gone, stop() was called, or a thread failed
+  Status wait_for_work();
   Status start_source();
   Status fill(uint64_t budget);
   Result<uint64_t> fill_piece(uint64_t budget);
@@ -186,7 +187,9 @@ class PageServer {
   const PageServerOptions options_;
 
   Fd called_;  // eventfd: something changed, for the thread in serve()
+  Fd begun_;   // eventfd: begin_fill() was called, for the reader
   Fd halt_;    // eventfd: the answerers are to end
+  std::atomic<bool> released_ = false;  // all is there, and the ranges are no longer watched
   std::atomic<bool> stop_ = false, fill_ = false, halted_ = false;
 
   // Held alone to read events and mark what they tell, shared to look at a mark
@@ -207,11 +210,13 @@ class PageServer {
   std::unordered_set<uint64_t> unreadable_;       // first pages of units already given up
   std::vector<RemoteRange> left_missing_;         // those that could not be poisoned
   std::unique_ptr<std::atomic<bool>[]> protect_;  // of each range: arrives write-protected
-  std::atomic<Clock::time_point> last_fault_ = Clock::time_point();
 
   // Of the thread in serve().
   uint64_t watched_turn_ = 0;
   Clock::time_point watched_since_;
+
+  // Of the reader.
+  Clock::time_point last_fault_;
   bool filled_ = false;
   std::unique_ptr<PageSource> source_;
   DecodedExtent* extent_ = nullptr;  // being copied by the fill
