@@ -61,7 +61,13 @@ Status run_restore(RestoreArguments& arguments, CommandContext& context) {
     }
     CloneOptions clones{.vm = options, .count = arguments.clones};
     if (!arguments.memory.empty()) clones.memory = VMSNAP_TRY(parse_size(arguments.memory));
+    if (!arguments.memory.empty() && clones.memory < (4 << 20)) {
+      return fail(ErrorCode::usage, "--memory {}: the shared pages need 4M at least", arguments.memory);
+    }
     return start_clones(clones, context);
+  }
+  if (!arguments.memory.empty() && arguments.clones == 0) {
+    return fail(ErrorCode::usage, "--memory is for --clones");
   }
   return arguments.dry_run ? print_launch_line(options, context) : restore_vm(options, context);
 }

@@ -63,7 +63,7 @@ Status take_shared_memory(ServedVm& vm, Qmp& qmp, const std::string& farm_socket
   VMSNAP_TRY(PageMarks::create(vm.dir.file("pages"), vm.image->page_count()));
   vm.record.phase = RestorePhase::registered;
   VMSNAP_CHECK(vm.dir.write(vm.record));
-  VMSNAP_TRY(ask(farm.get(), {{"do", "join"}, {"clone", name}}));
+  VMSNAP_TRY(ask(farm.get(), {{"do", "join"}, {"clone", name}}, {}, std::chrono::seconds(30)));
   return {};
 }
 

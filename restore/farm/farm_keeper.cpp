@@ -47,7 +47,7 @@ class Keeper {
   std::vector<Fd> connections_;
   std::vector<KeptClone> clones_;
   pid_t worker_ = -1;
-  Fd link_;  // to the worker
+  PageWorkerLink link_;
   Clock::time_point worker_started_;
   uint64_t restarts_ = 0;
   int quick_deaths_ = 0;
@@ -76,9 +76,13 @@ Status Keeper::take_up(const std::string& name) {
                 clone.process.describe());
   }
   clone.uffd = Uffd::adopt(std::move(uffd));
-  // One that cannot be told is started with the next page server.
-  if (link_) (void)tell_page_worker(link_.get(), clone);
   clones_.push_back(std::move(clone));
+  if (!link_) return {};
+  const Status told = link_.add(clones_.back());
+  if (told) return {};
+  // The next page server begins with all clones there are.
+  log_warning("clone {}: {}", name, told.error().message());
+  if (worker_ > 0) ::kill(worker_, SIGKILL);
   return {};
 }
 
@@ -98,7 +102,7 @@ Status Keeper::start_worker() {
     ::_exit(run_page_worker(worker, std::move(clones_), theirs.get()));
   }
   worker_ = child;
-  link_ = std::move(ours);
+  link_ = PageWorkerLink(std::move(ours));
   worker_started_ = Clock::now();
   return {};
 }
@@ -106,7 +110,7 @@ Status Keeper::start_worker() {
 void Keeper::see_after_worker() {
   int how = 0;
   if (::waitpid(worker_, &how, WNOHANG) != worker_) return;
-  link_.reset();
+  link_ = PageWorkerLink();
   worker_ = -1;
   log_warning("the page server {} {}; another one takes over",
               WIFSIGNALED(how) ? "was killed by signal" : "ended with status",
@@ -151,7 +155,8 @@ Result<LinkMessage> Keeper::answer(const nlohmann::json& request) {
     VMSNAP_CHECK(take_up(request.value("clone", "")));
   } else if (what == "status") {
     if (!link_) return fail(ErrorCode::vm, "there is no page server at the moment");
-    reply.json = VMSNAP_TRY(ask(link_.get(), {{"do", "status"}}, {}, std::chrono::seconds(3))).json;
+    reply.json = VMSNAP_TRY(link_.status());
+    reply.json.erase("number");
     reply.json["restarts"] = restarts_;
     reply.json["server_pid"] = worker_;
   } else {
@@ -178,7 +183,7 @@ bool Keeper::serve_connection(int socket) {
 }
 
 Status Keeper::wait() {
-  std::vector<pollfd> waits = {{listener_.get(), POLLIN, 0}, {link_.get(), 0, 0}};
+  std::vector<pollfd> waits = {{listener_.get(), POLLIN, 0}, {link_.fd(), 0, 0}};
   for (const KeptClone& clone : clones_) waits.push_back({clone.process.pidfd(), POLLIN, 0});
   const size_t connections_at = waits.size();
   for (const Fd& connection : connections_) waits.push_back({connection.get(), POLLIN, 0});
@@ -206,7 +211,7 @@ Status Keeper::run() {
   }
   log_info("the last clone has gone");
   ::unlink(setup_.dir.socket().c_str());
-  link_.reset();  // the page server ends
+  link_ = PageWorkerLink();  // the page server ends
   return {};
 }
 

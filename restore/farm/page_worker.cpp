@@ -3,7 +3,10 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <unistd.h>
+
+#include <algorithm>
 
 #include "formats/log.h"
 #include "restore/farm/farm_link.h"
@@ -42,7 +45,10 @@ Status PageWorker::add(const std::string& name, Uffd uffd, Fd pidfd,
 }
 
 Status PageWorker::answer(int link, LinkMessage request) {
-  if (request.json["do"] == "status") return send_message(link, server_->status());
+  nlohmann::json reply = nlohmann::json::object();
+  if (request.json["do"] == "status") reply = server_->status();
+  reply["number"] = request.json["number"];
+  if (request.json["do"] == "status") return send_message(link, reply);
   // "add": the keeper made it, and checked what it says.
   std::vector<ServedRange> ranges;
   for (const nlohmann::json& range : request.json["ranges"]) {
@@ -56,8 +62,8 @@ Status PageWorker::answer(int link, LinkMessage request) {
           ? add(request.json["name"].get<std::string>(), Uffd::adopt(std::move(request.descriptors[0])),
                 std::move(request.descriptors[1]), std::move(ranges))
           : fail(ErrorCode::io, "descriptors are missing");
-  if (!added) return send_message(link, {{"error", added.error().message()}});
-  return send_message(link, nlohmann::json::object());
+  if (!added) reply["error"] = added.error().message();
+  return send_message(link, reply);
 }
 
 Status PageWorker::run(std::vector<KeptClone> clones, int link) {
@@ -85,6 +91,8 @@ Status PageWorker::run(std::vector<KeptClone> clones, int link) {
 int run_page_worker(const PageWorkerSetup& setup, std::vector<KeptClone> clones, int link) {
   ::prctl(PR_SET_NAME, "vmsnap-pages");
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  // Who waits for a page is a guest: it must not queue behind other guests.
+  (void)::setpriority(PRIO_PROCESS, 0, -10);
   PageWorker worker(setup);
   const Status done = worker.run(std::move(clones), link);
   if (done) return 0;
@@ -92,7 +100,25 @@ int run_page_worker(const PageWorkerSetup& setup, std::vector<KeptClone> clones,
   return 1;
 }
 
-Status tell_page_worker(int link, const KeptClone& clone) {
+Result<nlohmann::json> PageWorkerLink::ask(nlohmann::json request,
+                                          const std::vector<int>& descriptors,
+                                          std::chrono::milliseconds limit) {
+  const auto deadline = std::chrono::steady_clock::now() + limit;
+  request["number"] = ++number_;
+  VMSNAP_CHECK(send_message(fd_.get(), request, descriptors));
+  for (;;) {
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
+        deadline - std::chrono::steady_clock::now());
+    auto answer = VMSNAP_TRY(receive_message(fd_.get(), std::max(left, std::chrono::milliseconds(0))));
+    if (!answer) return fail(ErrorCode::vm, "the farm's page server is gone");
+    if (answer->json.value("number", uint64_t{0}) != number_) continue;
+    const auto error = answer->json.find("error");
+    if (error == answer->json.end()) return std::move(answer->json);
+    return fail(ErrorCode::vm, "{}", error->is_string() ? error->get<std::string>() : "it failed");
+  }
+}
+
+Status PageWorkerLink::add(const KeptClone& clone) {
   nlohmann::json ranges = nlohmann::json::array();
   for (const ServedRange& range : clone.ranges) {
     ranges.push_back({{"host", range.range.start.address()},
@@ -100,9 +126,13 @@ Status tell_page_worker(int link, const KeptClone& clone) {
                       {"first_page", range.first_page},
                       {"name", range.name}});
   }
-  VMSNAP_TRY(ask(link, {{"do", "add"}, {"name", clone.name}, {"ranges", std::move(ranges)}},
-                 {clone.uffd.fd(), clone.process.pidfd()}));
+  VMSNAP_TRY(ask({{"do", "add"}, {"name", clone.name}, {"ranges", std::move(ranges)}},
+                 {clone.uffd.fd(), clone.process.pidfd()}, std::chrono::seconds(10)));
   return {};
+}
+
+Result<nlohmann::json> PageWorkerLink::status() {
+  return ask({{"do", "status"}}, {}, std::chrono::seconds(3));
 }
 
 }  // namespace vmsnap

@@ -1,6 +1,8 @@
 // The page server process of a farm: FarmServer in a child of the keeper's.
 #pragma once
 
+#include <chrono>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -32,7 +34,26 @@ struct PageWorkerSetup {
 // come over `link`, until the keeper closes it. Returns an exit status.
 int run_page_worker(const PageWorkerSetup& setup, std::vector<KeptClone> clones, int link);
 
-// In the keeper: hands over a clone. Blocks until it is served.
-Status tell_page_worker(int link, const KeptClone& clone);
+// The keeper's side of the link. After an error of either the page server is
+// dead or too slow, and its answer may still come: an older one is skipped.
+class PageWorkerLink {
+ public:
+  PageWorkerLink() = default;
+  explicit PageWorkerLink(Fd fd) : fd_(std::move(fd)) {}
+  explicit operator bool() const { return static_cast<bool>(fd_); }
+  int fd() const { return fd_.get(); }
+
+  // Hands over a clone. Blocks until it is served, at most ten seconds.
+  Status add(const KeptClone& clone);
+  // Its counters; at most three seconds.
+  Result<nlohmann::json> status();
+
+ private:
+  Result<nlohmann::json> ask(nlohmann::json request, const std::vector<int>& descriptors,
+                             std::chrono::milliseconds limit);
+
+  Fd fd_;
+  uint64_t number_ = 0;  // of the last request
+};
 
 }  // namespace vmsnap

@@ -221,6 +221,21 @@ def test_keeper_killed_and_reattached(world):
     world.vmsnap("restore", "--reattach", farm.dir).expect("vm")
 
 
+def test_a_clone_cannot_be_captured_or_parked(world):
+    farm = Farm(world, ordered_image(world))
+    clone, = farm.add(1)
+    refused = world.vmsnap("snapshot", "--qmp", clone.qmp_socket, "--output", world.path("x.img"),
+                           "--restore-wait", "0.2").expect("refused")
+    assert "userfaultfd" in refused.err
+    world.vmsnap("park", "--qmp", clone.qmp_socket, "--output", world.path("x.img")).expect("refused")
+    for arguments in (["--memory", "8M"], ["--clones", "1", "--memory", "64K"],
+                      ["--clones", "1", "--record-working-set"]):
+        world.vmsnap("restore", farm.image, *arguments).expect("usage")
+    clone.wait_for_progress()
+    victims.check_ordered_live(world, clone)
+    farm.stop()
+
+
 def test_shared_pages_stay_under_their_limit(world):
     farm = Farm(world, ordered_image(world))
     clones = farm.add(2, "--memory", "6M", "--start-paused")
