@@ -222,8 +222,8 @@ Status FarmServer::note_removed(Clone& clone, RemotePtr start, uint64_t length) 
     if (from >= to) continue;
     const uint64_t pages = (to - from) / page_size;
     clone.what.marks.set_removed(range.page_at(from), pages);
-    clone.removed.fetch_add(pages, std::memory_order_relaxed);
     VMSNAP_CHECK(cache_.unshare(range.page_at(from), pages));
+    clone.removed.fetch_add(pages);  // last: it says that all is done
   }
   return {};
 }

@@ -135,6 +135,9 @@ def test_kill_a_repair(world, victim):
         assert (store / "quarantine" / pack.name).exists()
         new = world.vmsnap("snapshot", *target(victim), "--store", store, "--json").expect("ok")
         world.vmsnap("verify", "--store", store, new.json["id"]).expect("ok")
+        lost = [one for one in ids(world, store) if one != new.json["id"]]
+        world.vmsnap("rm", "--store", store, *lost).expect("ok")
+        assert_nothing_is_left(world, store)
 
 
 def test_no_space(world, victim):

@@ -1,5 +1,6 @@
 #include "restore/farm/farm_server.h"
 
+#include <random>
 #include <thread>
 
 #include "tests/restore/served_child.h"
@@ -18,14 +19,21 @@ class FarmServerTest : public ::testing::Test {
  protected:
   void SetUp() override {
     testing::write_image(folder_ / "image", pages);
+    renew_clones();
+  }
+  // Two clones, and memory that nobody has touched.
+  void renew_clones() {
+    end();  // no thread of ours may be there when they are forked
+    clones_.clear();
     memory_ = std::make_unique<SharedMemory>(*SharedMemory::create(pages));
-    // Two clones before any thread of ours is there.
-    for (int i = 0; i < 2; ++i) {
+    for (size_t i = 0; i < 2; ++i) {
       const Fd fd = *memory_->open_for_clone();
       clones_.push_back(ServedChild::start_clone(pages, fd.get()));
       ASSERT_TRUE(clones_.back());
+      std::filesystem::remove(marks_of(i));
     }
   }
+  std::string marks_of(size_t number) const { return folder_ / ("pages" + std::to_string(number)); }
   void serve(FarmServerOptions options = {.prefetch = Prefetch::none, .threads = 4}, uint64_t limit = 0) {
     if (!image_) image_ = testing::open_image(folder_ / "image");
     cache_ = *PageCache::attach(*memory_, limit);
@@ -35,7 +43,7 @@ class FarmServerTest : public ::testing::Test {
   }
   void add(size_t number) {
     const ServedChild& clone = *clones_[number];
-    const std::string marks = folder_ / ("pages" + std::to_string(number));
+    const std::string marks = marks_of(number);
     auto opened = std::filesystem::exists(marks) ? PageMarks::open(marks, pages)
                                                  : PageMarks::create(marks, pages);
     ASSERT_TRUE(opened);
@@ -47,6 +55,12 @@ class FarmServerTest : public ::testing::Test {
   void end() {
     server_.reset();
     cache_.reset();
+  }
+  // Returns when the server has acted upon it.
+  void give_back(size_t number, uint64_t page, uint64_t count) {
+    const uint64_t before = of_clone(number)["removed"];
+    clones_[number]->give_back(page, count);
+    while (of_clone(number)["removed"] != before + count) std::this_thread::yield();
   }
   nlohmann::json of_clone(size_t number) const { return server_->status()["clones"][number]; }
   uint64_t total(const char* field) const { return server_->status()[field]; }
@@ -101,7 +115,7 @@ TEST_F(FarmServerTest, WhatOneGaveBackIsZeroForItAlone) {
   serve();
   for (uint64_t page = 0; page < 40; ++page) clones_[0]->read(page);
   clones_[0]->write(8);
-  clones_[0]->give_back(5, 10);
+  give_back(0, 5, 10);
   for (uint64_t page = 0; page < 40; ++page) {
     const bool gone = page >= 5 && page < 15;
     EXPECT_EQ(clones_[1]->read(page), expected_page(page)) << page;
@@ -117,7 +131,7 @@ TEST_F(FarmServerTest, WhatOneGaveBackIsZeroForItAlone) {
 TEST_F(FarmServerTest, ASuccessorKnowsWhatWasGivenBack) {
   serve();
   clones_[0]->read(7);
-  clones_[0]->give_back(6, 3);
+  give_back(0, 6, 3);
   end();
   serve();
   EXPECT_EQ(clones_[0]->read(7), Page{});
@@ -167,6 +181,49 @@ TEST_F(FarmServerTest, WhatCannotBeReadIsPoison) {
   EXPECT_EQ(clones_[1]->read(100), std::nullopt);
   EXPECT_EQ(clones_[1]->read(101), expected_page(101));
   EXPECT_EQ(of_clone(0)["poisoned"], 1);
+}
+
+// Reads, writes and pages given back, in any order, across page servers and
+// with little room: each clone sees what it did itself, and else the image.
+TEST_F(FarmServerTest, AnythingInAnyOrder) {
+  for (unsigned seed = 1; seed <= 6; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937 random(seed);
+    const auto below = [&](uint64_t limit) { return random() % limit; };
+    if (seed > 1) renew_clones();
+    std::vector<std::vector<Page>> model(clones_.size());
+    for (auto& memory : model) {
+      for (uint64_t page = 0; page < pages; ++page) memory.push_back(expected_page(page));
+    }
+    serve({.prefetch = seed % 2 ? Prefetch::none : Prefetch::all, .threads = 3}, seed % 3 ? 0 : 24);
+    for (int step = 0; step < 600; ++step) {
+      const size_t clone = below(clones_.size());
+      const uint64_t page = below(pages);
+      switch (below(40)) {
+        case 0: {
+          const uint64_t count = 1 + below(std::min<uint64_t>(20, pages - page));
+          give_back(clone, page, count);
+          std::fill_n(model[clone].begin() + static_cast<std::ptrdiff_t>(page), count, Page{});
+          break;
+        }
+        case 1:
+          end();
+          serve({.prefetch = Prefetch::none, .threads = 3}, seed % 3 ? 0 : 24);
+          break;
+        case 2: case 3: case 4: case 5: case 6:
+          clones_[clone]->write(page);
+          model[clone][page] = ServedChild::written_page();
+          break;
+        default:
+          ASSERT_EQ(clones_[clone]->read(page), model[clone][page]) << clone << " " << page;
+      }
+    }
+    for (size_t clone = 0; clone < clones_.size(); ++clone) {
+      for (uint64_t page = 0; page < pages; ++page) {
+        ASSERT_EQ(clones_[clone]->read(page), model[clone][page]) << clone << " " << page;
+      }
+    }
+  }
 }
 
 TEST_F(FarmServerTest, TheEndOfOneIsNothingToTheOther) {
