@@ -313,3 +313,20 @@ def test_starter_killed(world, point):
     victims.check_ordered_live(world, good)
     farm.stop()
     farm.assert_gone()
+
+
+def test_each_clone_is_a_new_generation(world):
+    """As QEMU tells its guest; the test guest's kernel has no driver for it."""
+    old = "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"
+    farm = Farm(world, linux_image(world, extra=["-device", f"vmgenid,guid={old}"]))
+    clones = farm.add(2)
+    generations = {clone.qmp("query-vm-generation-id")["guid"] for clone in clones}
+    assert len(generations) == 2 and old not in generations
+    for clone in clones:
+        victims.assert_linux_goes_on(clone)
+    farm.stop()
+    plain = Farm(world, ordered_image(world))
+    started = world.vmsnap("restore", plain.image, "--clones", 1, "--run-dir", plain.dir,
+                           "--detach").expect("ok")
+    assert "vmgenid" in started.err
+    plain.stop()
