@@ -60,8 +60,9 @@ int write_in_order(Kind kind, Talk* talk) {
     for (uint64_t page = 0; page < touched; ++page) word(page) = word(page) + 1;
     ++talk->passes;
     talk->address = reinterpret_cast<uint64_t>(memory);
-    if (const int page = talk->touch_hole.exchange(-1); page >= 0) {
+    if (const int page = talk->touch_hole; page >= 0) {
       memory[static_cast<uint64_t>(page) * page_size] = 1;
+      talk->touch_hole = -1;  // after the write, which may have to wait for the fault handler
     }
   }
 }
@@ -102,17 +103,35 @@ class CaptureTest : public ::testing::TestWithParam<Kind> {
     ASSERT_TRUE(armed) << armed.error().message();
   }
 
-  // The words of all pages, as the image has them.
-  std::vector<uint64_t> read_image() {
+  // Returns when the page has been written to.
+  void touch_hole(int page) {
+    talk_->touch_hole = page;
+    wait_until([&] { return talk_->touch_hole == -1; });
+  }
+
+  std::unique_ptr<ImageReader> finished_image() {
     ImageInfo info;
     info.regions = memory_.regions();
     EXPECT_TRUE(writer_->finish(info, {}));
-    const auto reader = ImageReader::open(fmt::format("/proc/self/fd/{}", file_.get()));
+    auto reader = ImageReader::open(fmt::format("/proc/self/fd/{}", file_.get()));
     EXPECT_TRUE(reader) << reader.error().message();
+    return *std::move(reader);
+  }
+
+  // The byte that touch_hole() sets, as the image has it.
+  static std::byte touched_byte(const ImageReader& image, uint64_t number) {
+    std::array<std::byte, page_size> page;
+    EXPECT_TRUE(image.read_page(number, page));
+    return page[0];
+  }
+
+  // The words of all pages, as the image has them.
+  std::vector<uint64_t> read_image() {
+    const auto reader = finished_image();
     std::vector<uint64_t> words(pages);
     std::array<std::byte, page_size> page;
     for (uint64_t number = 0; number < pages; ++number) {
-      EXPECT_TRUE((*reader)->read_page(number, page));
+      EXPECT_TRUE(reader->read_page(number, page));
       std::memcpy(&words[number], page.data() + 512, sizeof(uint64_t));
     }
     return words;
@@ -163,38 +182,24 @@ TEST_P(CaptureTest, IsOneInstantAtFullWriteSpeed) {
 TEST_P(CaptureTest, HolesTouchedAfterTheInstantReadZero) {
   begin();
   arm();
-  talk_->touch_hole = pages - 1;
-  wait_until([&] { return talk_->touch_hole == -1; });
-  const uint64_t before = talk_->passes;
-  wait_until([&] { return talk_->passes > before + 1; });
+  touch_hole(pages - 1);
   ASSERT_TRUE(capture_->finish([] { return Status(); }));
-  EXPECT_EQ(read_image()[pages - 1], 0u);
+  EXPECT_EQ(touched_byte(*finished_image(), pages - 1), std::byte{0});
 }
 
 // Memory is armed before the instant, too: what comes into being in between has
 // no mark yet, and is of the instant all the same.
 TEST_P(CaptureTest, HolesTouchedBeforeTheInstantAreInTheImage) {
   begin();
-  talk_->touch_hole = pages - 1;
-  wait_until([&] { return talk_->touch_hole == -1; });
-  const uint64_t before = talk_->passes;
-  wait_until([&] { return talk_->passes > before + 1; });
+  touch_hole(pages - 1);
   ASSERT_TRUE(capture_->arm_again());
-  talk_->touch_hole = pages - 7;
-  wait_until([&] { return talk_->touch_hole == -1; });
-  wait_until([&] { return talk_->passes > before + 3; });
+  touch_hole(pages - 7);
   arm();
   ASSERT_TRUE(capture_->finish([] { return Status(); }));
   EXPECT_GT(capture_->counters().early_writes, 0u);
-  ImageInfo info;
-  info.regions = memory_.regions();
-  ASSERT_TRUE(writer_->finish(info, {}));
-  const auto reader = ImageReader::open(fmt::format("/proc/self/fd/{}", file_.get()));
-  ASSERT_TRUE(reader);
-  std::array<std::byte, page_size> page;
+  const auto image = finished_image();
   for (const uint64_t touched_page : {pages - 1, pages - 7}) {
-    ASSERT_TRUE((*reader)->read_page(touched_page, page));
-    EXPECT_EQ(page[0], std::byte{1}) << touched_page;
+    EXPECT_EQ(touched_byte(*image, touched_page), std::byte{1}) << touched_page;
   }
 }
 
