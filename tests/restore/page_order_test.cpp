@@ -64,11 +64,7 @@ class PageOrderTest : public PageServerTest {
 };
 
 TEST_F(PageOrderTest, SlowPagesHoldUpNobodyElse) {
-  const auto served = child();
-  ASSERT_TRUE(served);
-  const auto image = open_slow();
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target(open_slow());
   ServerThread server(uffd, *image, marks, served->ranges(), no_fill());
   disk_->hold(3);
   for (const uint64_t page : {100, 101, 103}) served->begin_read(page);
@@ -88,11 +84,7 @@ TEST_F(PageOrderTest, SlowPagesHoldUpNobodyElse) {
 }
 
 TEST_F(PageOrderTest, APageThatIsGivenBackWhileItIsReadIsZero) {
-  const auto served = child();
-  ASSERT_TRUE(served);
-  const auto image = open_slow();
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target(open_slow());
   ServerThread server(uffd, *image, marks, served->ranges(), no_fill());
   disk_->hold(1);
   served->begin_read(100);
@@ -105,11 +97,7 @@ TEST_F(PageOrderTest, APageThatIsGivenBackWhileItIsReadIsZero) {
 }
 
 TEST_F(PageOrderTest, TheFillDoesNotBringBackWhatWasGivenBackWhileItWasRead) {
-  const auto served = child();
-  ASSERT_TRUE(served);
-  const auto image = open_slow();
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target(open_slow());
   disk_->hold(1);
   PageServerOptions options;
   options.decoder_threads = 1;

@@ -20,11 +20,7 @@ class PagePrefetchTest : public PageServerTest {
 };
 
 TEST_F(PagePrefetchTest, NoneLoadsNothingAndServesUntilTheProcessIsGone) {
-  const auto served = child();
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target();
   PageServerOptions none = options(Prefetch::none);
   none.pidfd = served->process().pidfd();
   ServerThread server(uffd, *image, marks, served->ranges(), none);
@@ -39,11 +35,7 @@ TEST_F(PagePrefetchTest, NoneLoadsNothingAndServesUntilTheProcessIsGone) {
 }
 
 TEST_F(PagePrefetchTest, TheWorkingSetAloneIsLoadedByItsPages) {
-  const auto served = child();
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target();
   ServerThread server(uffd, *image, marks, served->ranges(), options(Prefetch::working_set));
   // 40, 41 and 43 (42 is zero), 301 and 700.
   wait_until([&] { return server->counters().filled() >= 5; });
@@ -55,11 +47,7 @@ TEST_F(PagePrefetchTest, TheWorkingSetAloneIsLoadedByItsPages) {
 }
 
 TEST_F(PagePrefetchTest, NothingIsLoadedBeforeItIsTold) {
-  const auto served = child();
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target();
   PageServerOptions later = options(Prefetch::all);
   later.prefetch_at_once = false;
   ServerThread server(uffd, *image, marks, served->ranges(), later);
@@ -70,11 +58,7 @@ TEST_F(PagePrefetchTest, NothingIsLoadedBeforeItIsTold) {
 }
 
 TEST_F(PagePrefetchTest, FaultsAreRecordedInTheirOrderDataPagesOnce) {
-  const auto served = child();
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target();
   WorkingSetRecorder recorder(pages, 4);
   PageServerOptions none = options(Prefetch::none);
   none.recorder = &recorder;

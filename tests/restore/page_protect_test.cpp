@@ -82,11 +82,7 @@ TEST_F(PageProtectTest, WithoutTheRegistrationPagesArriveWithout) {
   std::string log;
   set_log_sink([&](LogLevel, std::string_view line) { log += line; });
   {
-    const auto served = child();
-    ASSERT_TRUE(served);
-    const auto image = open_image(path_);
-    auto marks = *PageMarks::in_memory(pages);
-    const Uffd uffd = served->take_uffd();
+    auto [served, image, marks, uffd] = target();
     ServerThread server(uffd, *image, marks, served->ranges(), protecting(Prefetch::none));
     for (const uint64_t page : {10, 12, 500}) EXPECT_EQ(served->read(page), expected_page(page));
     EXPECT_FALSE(is_protected(*served, 10));

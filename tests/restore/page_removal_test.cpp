@@ -7,11 +7,7 @@ namespace {
 using PageRemovalTest = PageServerTest;
 
 TEST_F(PageRemovalTest, WhatIsGivenBackIsZeroFromThenOn) {
-  const auto served = child();
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target();
   {
     ServerThread server(uffd, *image, marks, served->ranges(), no_fill());
     EXPECT_EQ(served->read(100), expected_page(100));
@@ -31,11 +27,7 @@ TEST_F(PageRemovalTest, WhatIsGivenBackIsZeroFromThenOn) {
 }
 
 TEST_F(PageRemovalTest, GivingBackWhileTheFillIsAtWork) {
-  const auto served = child();
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target();
   ServerThread server(uffd, *image, marks, served->ranges());
   for (uint64_t page = 10; page + 4 < pages; page += 40) served->give_back(page, 4);
   EXPECT_EQ(server.wait(), ServeEnd::filled);
@@ -46,11 +38,7 @@ TEST_F(PageRemovalTest, GivingBackWhileTheFillIsAtWork) {
 }
 
 TEST_F(PageRemovalTest, APunchedHoleOfAGivenPageIsZero) {
-  const auto served = child(MemoryKind::shared);
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target(child(MemoryKind::shared));
   ServerThread server(uffd, *image, marks, served->ranges(), no_fill());
   EXPECT_EQ(served->read(100), expected_page(100));
   served->punch_hole(100, 1);

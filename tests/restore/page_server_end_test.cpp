@@ -68,11 +68,7 @@ TEST_F(PageServerEndTest, ServersKilledOverAndOverLoseNothing) {
 
 TEST_F(PageServerEndTest, SeesTheDeathOfTheProcess) {
   for (const bool with_pidfd : {true, false}) {
-    const auto served = child();
-    ASSERT_TRUE(served);
-    const auto image = open_image(path_);
-    auto marks = *PageMarks::in_memory(pages);
-    const Uffd uffd = served->take_uffd();
+    auto [served, image, marks, uffd] = target();
     PageServerOptions options = no_fill();
     if (with_pidfd) options.pidfd = served->process().pidfd();
     ServerThread server(uffd, *image, marks, served->ranges(), options);
@@ -83,11 +79,7 @@ TEST_F(PageServerEndTest, SeesTheDeathOfTheProcess) {
 }
 
 TEST_F(PageServerEndTest, ARemovalThatWasReadIsNotLost) {
-  const auto served = child();
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target();
   {
     ServerThread server(uffd, *image, marks, served->ranges(), no_fill());
     EXPECT_EQ(served->read(10), expected_page(10));

@@ -13,11 +13,7 @@ INSTANTIATE_TEST_SUITE_P(Kinds, PageServerKindsTest,
                          ::testing::Values(MemoryKind::anonymous, MemoryKind::shared));
 
 TEST_P(PageServerKindsTest, GivesEachPageWhenItIsTouched) {
-  const auto served = child(GetParam());
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target(child(GetParam()));
   ServerThread server(uffd, *image, marks, served->ranges(), no_fill());
   for (uint64_t page = 0; page < pages; page += 7) {
     EXPECT_EQ(served->read(page), expected_page(page)) << page;
@@ -30,11 +26,7 @@ TEST_P(PageServerKindsTest, GivesEachPageWhenItIsTouched) {
 }
 
 TEST_P(PageServerKindsTest, FillsAndLetsGo) {
-  const auto served = child(GetParam());
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target(child(GetParam()));
   ServerThread server(uffd, *image, marks, served->ranges());
   EXPECT_EQ(server.wait(), ServeEnd::filled);
   EXPECT_EQ(server->counters().filled_by_background, pages - pages / 3);
@@ -45,11 +37,7 @@ TEST_P(PageServerKindsTest, FillsAndLetsGo) {
 }
 
 TEST_P(PageServerKindsTest, FillsWhileTheProcessReadsAndWrites) {
-  const auto served = child(GetParam());
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target(child(GetParam()));
   ServerThread server(uffd, *image, marks, served->ranges());
   for (uint64_t page = pages - 1; page > 100; page -= 13) served->write(page);
   EXPECT_EQ(server.wait(), ServeEnd::filled);
@@ -61,11 +49,7 @@ TEST_P(PageServerKindsTest, FillsWhileTheProcessReadsAndWrites) {
 }
 
 TEST_F(PageServerTest, PagesOfSeveralRangesInAnyOrder) {
-  const auto served = child(MemoryKind::anonymous, 1100);
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target(child(MemoryKind::anonymous, 1100));
   const RemotePtr start = served->ranges()[0].range.start;
   // The process's first 500 pages are the image's last, and the other way round.
   const std::vector<ServedRange> ranges = {
@@ -100,11 +84,7 @@ TEST_F(PageServerTest, HugePagesComeWhole) {
 }
 
 TEST_F(PageServerTest, PagesThatWereThereAreOverwritten) {
-  const auto served = child();
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target();
   // As if written before: one page that is zero in the image, one that is not.
   const Page old = ServedChild::written_page();
   for (const uint64_t page : {30, 31}) {
@@ -118,11 +98,7 @@ TEST_F(PageServerTest, PagesThatWereThereAreOverwritten) {
 TEST_F(PageServerTest, ADamagedPageIsPoisonedAndTheOthersAreServed) {
   ASSERT_NO_FATAL_FAILURE(damage_page(path_, 301));
   for (const bool fill : {false, true}) {
-    const auto served = child();
-    ASSERT_TRUE(served);
-    const auto image = open_image(path_);
-    auto marks = *PageMarks::in_memory(pages);
-    const Uffd uffd = served->take_uffd();
+    auto [served, image, marks, uffd] = target();
     std::string log;
     set_log_sink([&](LogLevel, std::string_view line) { log = line; });
     PageServerOptions options;
@@ -146,11 +122,7 @@ TEST_F(PageServerTest, ADamagedPageIsPoisonedAndTheOthersAreServed) {
 
 TEST_F(PageServerTest, WithoutPoisonADamagedPageIsLeftMissing) {
   ASSERT_NO_FATAL_FAILURE(damage_page(path_, 301));
-  const auto served = child();
-  ASSERT_TRUE(served);
-  const auto image = open_image(path_);
-  auto marks = *PageMarks::in_memory(pages);
-  const Uffd uffd = served->take_uffd();
+  auto [served, image, marks, uffd] = target();
   PageServerOptions options;
   options.use_poison = false;
   ServerThread server(uffd, *image, marks, served->ranges(), options);

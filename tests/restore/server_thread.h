@@ -68,6 +68,27 @@ class PageServerTest : public ::testing::Test {
                                      uint64_t count = pages) {
     return ServedChild::start(count, kind);
   }
+  // A child, and what a page server of it needs.
+  struct Target {
+    std::unique_ptr<ServedChild> served;
+    std::unique_ptr<ImageReader> image;
+    PageMarks marks;
+    Uffd uffd;
+  };
+  Target target(std::unique_ptr<ServedChild> served, std::unique_ptr<ImageReader> image) const {
+    if (!served) {
+      ADD_FAILURE() << "there is no child";
+      std::abort();
+    }
+    Uffd uffd = served->take_uffd();
+    return {std::move(served), std::move(image), *PageMarks::in_memory(pages), std::move(uffd)};
+  }
+  Target target(std::unique_ptr<ServedChild> served) {
+    return target(std::move(served), open_image(path_));
+  }
+  Target target(std::unique_ptr<ImageReader> image) { return target(child(), std::move(image)); }
+  Target target() { return target(child()); }
+
   static PageServerOptions no_fill() {
     PageServerOptions options;
     options.prefetch = Prefetch::none;
