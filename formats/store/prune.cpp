@@ -251,9 +251,11 @@ Status Pruner::delete_condemned() {
 Status Pruner::delete_working_sets() {
   std::error_code error;
   if (!fs::exists(paths_.working_sets(), error)) return {};
-  for (const std::string& id : VMSNAP_TRY(manifest_ids(paths_.working_sets()))) {
-    // Nothing is taken back meanwhile.
-    const StoreLock lock = VMSNAP_TRY(StoreLock::commit(paths_));
+  const std::vector<std::string> recorded = VMSNAP_TRY(manifest_ids(paths_.working_sets()));
+  if (recorded.empty()) return {};
+  // Nothing is taken back meanwhile.
+  const StoreLock lock = VMSNAP_TRY(StoreLock::commit(paths_));
+  for (const std::string& id : recorded) {
     if (fs::exists(paths_.snapshot(id), error) || fs::exists(paths_.in_trash(id), error)) continue;
     const std::string path = paths_.working_set(id);
     if (::unlink(path.c_str()) < 0 && errno != ENOENT) {
