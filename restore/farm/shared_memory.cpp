@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
-#include <sstream>
 
 #include "formats/image_reader.h"
 #include "snap/vmm/memory_map.h"
@@ -18,8 +16,8 @@ namespace {
 
 constexpr const char* memory_name = "vmsnap-clones";
 
-bool is_shared_memory(std::string_view path) {
-  return path.starts_with("/memfd:vmsnap-clones");
+bool is_shared_memory(const Mapping& mapping) {
+  return mapping.path.starts_with(fmt::format("/memfd:{}", memory_name));
 }
 
 }  // namespace
@@ -38,7 +36,7 @@ Result<SharedMemory> SharedMemory::create(uint64_t pages) {
 
 Result<SharedMemory> SharedMemory::of_clone(const Process& clone, uint64_t pages) {
   for (const Mapping& mapping : VMSNAP_TRY(read_memory_map_quick(clone))) {
-    if (!is_shared_memory(mapping.path)) continue;
+    if (!is_shared_memory(mapping)) continue;
     Fd fd = VMSNAP_TRY(open_mapped_file(clone, mapping, O_RDWR));
     struct stat about = {};
     if (::fstat(fd.get(), &about) < 0) return fail_errno(errno, "cannot look at shared memory");
@@ -56,31 +54,14 @@ Result<Fd> SharedMemory::open_for_clone() const {
 }
 
 Result<CloneMemory> clone_memory(const Process& clone) {
-  const std::string text =
-      VMSNAP_TRY(read_small_file(fmt::format("/proc/{}/smaps", clone.pid()), 64 << 20));
   CloneMemory sum;
-  std::istringstream lines(text);
-  bool ours = false;
-  for (std::string line; std::getline(lines, line);) {
-    const size_t colon = line.find(':');
-    const std::string_view key = std::string_view(line).substr(0, colon);
-    // The first line of a mapping begins with its address, in small letters.
-    if (key.find('-') != std::string_view::npos && !(key[0] >= 'A' && key[0] <= 'Z')) {
-      ours = line.find(" /memfd:vmsnap-clones") != std::string::npos;
-      continue;
-    }
-    if (!ours || colon == std::string::npos) continue;
-    const size_t digit = line.find_first_of("0123456789", colon);
-    uint64_t kib = 0;
-    if (digit != std::string::npos) {
-      std::from_chars(line.data() + digit, line.data() + line.size(), kib);
-    }
-    if (key == "Size") sum.mapped += kib << 10;
-    if (key == "Rss") sum.shared += kib << 10;
-    if (key == "Pss") sum.proportional += kib << 10;
-    if (key == "Anonymous") sum.own += kib << 10;
+  for (const Mapping& mapping : VMSNAP_TRY(read_memory_map(clone))) {
+    if (!is_shared_memory(mapping)) continue;
+    sum.mapped += mapping.range.length;
+    sum.shared += mapping.resident - std::min(mapping.resident, mapping.anonymous);
+    sum.proportional += mapping.proportional;
+    sum.own += mapping.anonymous;
   }
-  sum.shared -= std::min(sum.shared, sum.own);
   return sum;
 }
 

@@ -65,21 +65,27 @@ Backing classify(const Process& process, const Mapping& mapping) {
   return mapping.shared ? Backing::shared_memory : Backing::private_of_file;
 }
 
+// Of a line of smaps that is a size.
+void set_size(Mapping& mapping, std::string_view field, uint64_t bytes) {
+  if (field == "KernelPageSize" && bytes >= 4096) mapping.page_bytes = bytes;
+  if (field == "Rss") mapping.resident = bytes;
+  if (field == "Pss") mapping.proportional = bytes;
+  if (field == "Anonymous") mapping.anonymous = bytes;
+}
+
 Result<std::vector<Mapping>> parse(const Process& process, const char* file) {
   std::istringstream text(VMSNAP_TRY(
       read_small_file(fmt::format("/proc/{}/{}", process.pid(), file), 256 << 20)));
   std::vector<Mapping> mappings;
   Mapping header;
+  char field[32];
   for (std::string line; std::getline(text, line);) {
     if (parse_header(line, header)) {
       mappings.push_back(std::move(header));
     } else if (mappings.empty()) {
       continue;
-    } else if (line.starts_with("KernelPageSize:")) {
-      uint64_t kib = 0;
-      if (std::sscanf(line.c_str(), "KernelPageSize: %" SCNu64, &kib) == 1 && kib >= 4) {
-        mappings.back().page_bytes = kib * 1024;
-      }
+    } else if (uint64_t kib = 0; std::sscanf(line.c_str(), "%31[A-Za-z]: %" SCNu64 " kB", field, &kib) == 2) {
+      set_size(mappings.back(), field, kib * 1024);
     } else if (line.starts_with("VmFlags:")) {
       std::istringstream words(line.substr(8));
       for (std::string word; words >> word;) mappings.back().flags.push_back(word);
