@@ -15,6 +15,7 @@
 
 #include "formats/log.h"
 #include "restore/page_server.h"
+#include "restore/removals.h"
 
 namespace vmsnap {
 
@@ -218,25 +219,11 @@ std::optional<PageServer::Fault> PageServer::fault_of(const UffdEvent& event) {
 
 // Marks what the events removed, and then forgets the events.
 void PageServer::note_removals(const std::vector<UffdEvent>& events) {
-  for (const UffdEvent& event : events) {
-    if (event.kind == UffdEvent::Kind::removed || event.kind == UffdEvent::Kind::unmapped) {
-      note_removed(event.address, event.length);
-    }
+  for (const Removal& gone : removals_of(events, ranges_)) {
+    marks_.set_removed(gone.first_page, gone.pages);
+    removed_.fetch_add(gone.pages, std::memory_order_relaxed);
   }
-  // We may be killed between any two stores: these must not change places.
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  const auto done = marks_.event_buffer().first(events.size() * Uffd::message_bytes);
-  std::fill(done.begin(), done.end(), std::byte{0});
-}
-
-void PageServer::note_removed(RemotePtr start, uint64_t length) {
-  for (const ServedRange& range : ranges_) {
-    const RemotePtr from = std::max(start, range.range.start);
-    const RemotePtr to = std::min(start + length, range.range.end());
-    if (from >= to) continue;
-    marks_.set_removed(range.page_at(from), (to - from) / page_size);
-    removed_.fetch_add((to - from) / page_size, std::memory_order_relaxed);
-  }
+  marks_.forget_events(events.size() * Uffd::message_bytes);
 }
 
 }  // namespace vmsnap

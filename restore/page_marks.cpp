@@ -59,6 +59,13 @@ std::span<std::byte> PageMarks::event_buffer() const {
   return {reinterpret_cast<std::byte*>(words_), buffer_bytes};
 }
 
+void PageMarks::forget_events(size_t bytes) const {
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+  const auto done = event_buffer().first(bytes);
+  std::fill(done.begin(), done.end(), std::byte{0});
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+}
+
 bool PageMarks::test(int kind, uint64_t page) const {
   return std::atomic_ref(bits(kind)[page / 64]).load(std::memory_order_relaxed) >> (page % 64) & 1;
 }

@@ -24,6 +24,7 @@ namespace vmsnap {
 
 class PageMarks {
  public:
+  PageMarks() = default;  // of no page; no events may be read into it
   static Result<PageMarks> in_memory(uint64_t pages);
   // Makes or truncates the file, all marks unset, its space allocated.
   static Result<PageMarks> create(const std::string& path, uint64_t pages);
@@ -37,6 +38,10 @@ class PageMarks {
   // Room for the messages of one read(2) of a userfaultfd; zeros when all that
   // was read has been acted upon.
   std::span<std::byte> event_buffer() const;
+
+  // So many bytes of it have been acted upon. Killed between any two stores, a
+  // successor finds either the marks or the events.
+  void forget_events(size_t bytes) const;
 
   uint64_t pages() const { return pages_; }
   bool resolved(uint64_t page) const { return test(0, page); }

@@ -18,6 +18,7 @@
 #include "formats/file.h"
 #include "formats/interrupt.h"
 #include "formats/test_point.h"
+#include "restore/removals.h"
 #include "snap/vmm/injector.h"
 #include "snap/vmm/pagemap.h"
 #include "snap/vmm/preflight.h"
@@ -37,29 +38,25 @@ std::vector<RemoteRange> windows_of(RemoteRange range) {
   return windows;
 }
 
-bool is_window(const ServedRange& served, RemotePtr start, uint64_t length) {
-  const RemoteRange& range = served.range;
-  return start >= range.start && start < range.end() &&
-         (start - range.start) % window_bytes == 0 &&
-         length == std::min(window_bytes, range.end() - start);
+// Our own removal: a whole window.
+bool is_window(const std::vector<ServedRange>& ranges, const UffdEvent& event) {
+  return std::ranges::any_of(ranges, [&](const ServedRange& served) {
+    const RemoteRange& range = served.range;
+    return event.address >= range.start && event.address < range.end() &&
+           (event.address - range.start) % window_bytes == 0 &&
+           event.length == std::min(window_bytes, range.end() - event.address);
+  });
 }
 
 // Marks what the guest gave back by the events in the marks' buffer, and then
 // forgets the events: a successor may find them there.
 void note_removals(const std::vector<ServedRange>& ranges, PageMarks& marks) {
-  for (const UffdEvent& event : Uffd::parse_messages(marks.event_buffer())) {
-    if (event.kind != UffdEvent::Kind::removed && event.kind != UffdEvent::Kind::unmapped) continue;
-    for (const ServedRange& range : ranges) {
-      const RemotePtr from = std::max(event.address, range.range.start);
-      const RemotePtr to = std::min(event.address + event.length, range.range.end());
-      if (from >= to || is_window(range, event.address, event.length)) continue;
-      marks.set_removed(range.page_at(from), (to - from) / page_size);
-    }
+  std::vector<UffdEvent> events = Uffd::parse_messages(marks.event_buffer());
+  std::erase_if(events, [&](const UffdEvent& event) { return is_window(ranges, event); });
+  for (const Removal& gone : removals_of(events, ranges)) {
+    marks.set_removed(gone.first_page, gone.pages);
   }
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  const auto buffer = marks.event_buffer();
-  std::fill(buffer.begin(), buffer.end(), std::byte{0});
-  std::atomic_signal_fence(std::memory_order_seq_cst);
+  marks.forget_events(marks.event_buffer().size());
 }
 
 // Reads the events that are there. Faults among them are raised again by the

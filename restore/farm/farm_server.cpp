@@ -9,6 +9,7 @@
 #include <cerrno>
 
 #include "formats/log.h"
+#include "restore/removals.h"
 
 namespace vmsnap {
 
@@ -33,7 +34,7 @@ Status watch(int epoll, int fd, uint32_t events, uint64_t data, int operation = 
 }  // namespace
 
 FarmServer::FarmServer(const ImageReader& reader, PageCache& cache, FarmServerOptions options)
-    : reader_(reader), cache_(cache), options_(options), wanted_(*PageMarks::in_memory(0)) {}
+    : reader_(reader), cache_(cache), options_(options) {}
 
 FarmServer::~FarmServer() {
   stop_.store(true);
@@ -202,29 +203,12 @@ std::vector<FarmServer::Fault> FarmServer::read_events(const ClonePtr& clone) {
 }
 
 Status FarmServer::note_removals(Clone& clone, const std::vector<UffdEvent>& events) {
-  for (const UffdEvent& event : events) {
-    if (event.kind == UffdEvent::Kind::removed || event.kind == UffdEvent::Kind::unmapped) {
-      VMSNAP_CHECK(note_removed(clone, event.address, event.length));
-    }
+  for (const Removal& gone : removals_of(events, clone.what.ranges)) {
+    clone.what.marks.set_removed(gone.first_page, gone.pages);
+    VMSNAP_CHECK(cache_.unshare(gone.first_page, gone.pages));
+    clone.removed.fetch_add(gone.pages);  // last: it says that all is done
   }
-  // We may be killed between any two stores: these must not change places.
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  const auto done = clone.what.marks.event_buffer().first(events.size() * Uffd::message_bytes);
-  std::fill(done.begin(), done.end(), std::byte{0});
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  return {};
-}
-
-Status FarmServer::note_removed(Clone& clone, RemotePtr start, uint64_t length) {
-  for (const ServedRange& range : clone.what.ranges) {
-    const RemotePtr from = std::max(start, range.range.start);
-    const RemotePtr to = std::min(start + length, range.range.end());
-    if (from >= to) continue;
-    const uint64_t pages = (to - from) / page_size;
-    clone.what.marks.set_removed(range.page_at(from), pages);
-    VMSNAP_CHECK(cache_.unshare(range.page_at(from), pages));
-    clone.removed.fetch_add(pages);  // last: it says that all is done
-  }
+  clone.what.marks.forget_events(events.size() * Uffd::message_bytes);
   return {};
 }
 

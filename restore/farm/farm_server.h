@@ -98,7 +98,6 @@ class FarmServer {
   void serve_clone(uint64_t number);
   std::vector<Fault> read_events(const ClonePtr& clone);
   Status note_removals(Clone& clone, const std::vector<UffdEvent>& events);
-  Status note_removed(Clone& clone, RemotePtr start, uint64_t length);
   void answer(Fault fault);
   Result<Answer> try_answer(const Fault& fault);
   Result<Answer> bring(const Fault& fault);
