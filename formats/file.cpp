@@ -62,6 +62,15 @@ Status write_all_at(int fd, std::span<const std::byte> bytes, uint64_t offset,
   return {};
 }
 
+Result<bool> lock_whole_file(int fd, const std::string& name) {
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  if (::fcntl(fd, F_OFD_SETLK, &lock) == 0) return true;
+  if (errno == EAGAIN || errno == EACCES) return false;
+  return fail_errno(errno, "cannot lock {}", name);
+}
+
 Status write_all(int fd, std::span<const std::byte> bytes, const std::string& name) {
   while (!bytes.empty()) {
     const ssize_t put = ::write(fd, bytes.data(), bytes.size());
@@ -109,13 +118,6 @@ std::string temporary_prefix(const std::string& path) {
   return "." + fs::path(path).filename().string() + ".vmsnap-";
 }
 
-bool lock_whole_file(int fd) {
-  struct flock lock = {};
-  lock.l_type = F_WRLCK;
-  lock.l_whence = SEEK_SET;
-  return ::fcntl(fd, F_OFD_SETLK, &lock) == 0;
-}
-
 // Whether `name` is one that create() makes for a file called `of`, or for any
 // file if that is empty, and not a file of the user's.
 bool is_temporary_name(const std::string& name, const std::string& of) {
@@ -136,7 +138,7 @@ void remove_abandoned(const std::string& directory, const std::string& of) {
     const fs::path& found = entry->path();
     if (!is_temporary_name(found.filename().string(), of)) continue;
     const Fd fd(::open(found.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
-    if (fd && lock_whole_file(fd.get())) ::unlink(found.c_str());
+    if (fd && lock_whole_file(fd.get(), found).value_or(false)) ::unlink(found.c_str());
   }
 }
 
@@ -194,10 +196,7 @@ Result<AtomicFile> AtomicFile::create_in(const std::string& directory, const std
                                               random, random_digits);
     file.fd_ = VMSNAP_TRY(open_file(temporary, O_RDWR | O_CREAT | O_EXCL));
     file.temporary_path_ = temporary;
-    const bool locked = lock_whole_file(file.fd_.get());
-    if (!locked && errno != EAGAIN && errno != EACCES) {
-      return fail_errno(errno, "cannot lock {}", temporary);
-    }
+    const bool locked = VMSNAP_TRY(lock_whole_file(file.fd_.get(), temporary));
     if (locked && is_linked(file.fd_.get())) return file;
     file.discard();
   }

@@ -50,6 +50,11 @@ Status write_all_at(int fd, std::span<const std::byte> bytes, uint64_t offset,
 // All of `bytes` at the current position (pipes, sockets, appending).
 Status write_all(int fd, std::span<const std::byte> bytes, const std::string& name);
 
+// Takes the kernel lock (of the open file description, fcntl(2)) on all of a
+// file, without waiting; it goes with the last copy of the descriptor. False:
+// somebody has it.
+Result<bool> lock_whole_file(int fd, const std::string& name);
+
 // A whole small file (a /proc entry, a configuration file); more than `limit`
 // bytes is an error.
 Result<std::string> read_small_file(const std::string& path, size_t limit = 16 << 20);

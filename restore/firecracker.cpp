@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "formats/interrupt.h"
+#include "snap/vmm/descriptor_message.h"
 #include "snap/vmm/uffd.h"
 
 namespace vmsnap {
@@ -150,19 +151,6 @@ Result<std::vector<ServedRange>> parse_handshake(std::string_view message, uint6
 }
 
 namespace {
-
-// Takes over every descriptor of a received message.
-void collect_descriptors(msghdr& header, std::vector<Fd>& descriptors) {
-  for (cmsghdr* part = CMSG_FIRSTHDR(&header); part; part = CMSG_NXTHDR(&header, part)) {
-    if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
-    const size_t count = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-    for (size_t i = 0; i < count; ++i) {
-      int fd;
-      std::memcpy(&fd, CMSG_DATA(part) + i * sizeof fd, sizeof fd);
-      descriptors.emplace_back(fd);
-    }
-  }
-}
 
 // Waits for bytes; a closed connection is readable too.
 Status wait_readable(int socket, std::chrono::steady_clock::time_point deadline) {

@@ -2,16 +2,15 @@
 
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
-#include <cstring>
 #include <nlohmann/json.hpp>
 
 #include "formats/file.h"
 #include "formats/interrupt.h"
 #include "restore/option_value.h"
 #include "restore/qemu_options.h"
+#include "snap/vmm/unix_socket.h"
 
 namespace vmsnap {
 
@@ -27,15 +26,7 @@ class AgentLink {
       : path_(std::move(path)), deadline_(deadline) {}
 
   Status connect() {
-    sockaddr_un address = {};
-    address.sun_family = AF_UNIX;
-    if (path_.size() >= sizeof address.sun_path) return fail(ErrorCode::usage, "{} is too long", path_);
-    std::memcpy(address.sun_path, path_.c_str(), path_.size() + 1);
-    socket_ = Fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    if (!socket_ ||
-        ::connect(socket_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) < 0) {
-      return fail_errno(errno, "cannot connect to the guest agent at {}", path_);
-    }
+    socket_ = VMSNAP_TRY(connect_to_socket(path_, SOCK_STREAM));
     return {};
   }
 

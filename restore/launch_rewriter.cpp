@@ -161,20 +161,26 @@ Status LaunchRewriter::move_chardev(QemuOption& option) {
   return {};
 }
 
+namespace {
+
+// An option of which nothing is left is dropped.
+void remove_key(QemuOption& option, std::string_view implied, std::string_view key) {
+  OptionValue value = OptionValue::parse(option.value.value_or(""), implied);
+  value.remove(key);
+  option.value = value.text();
+  option.dropped = value.empty();
+}
+
+}  // namespace
+
 Status LaunchRewriter::strip_trace(QemuOption& option) {
-  OptionValue trace = OptionValue::parse(option.value.value_or(""), "enable");
-  trace.remove("file");
-  option.value = trace.text();
-  option.dropped = trace.empty();
+  remove_key(option, "enable", "file");
   return {};
 }
 
 Status LaunchRewriter::strip_overcommit(QemuOption& option) {
   // Locking would fault in all of the memory before the guest may run.
-  OptionValue overcommit = OptionValue::parse(option.value.value_or(""), "");
-  overcommit.remove("mem-lock");
-  option.value = overcommit.text();
-  option.dropped = overcommit.empty();
+  remove_key(option, "", "mem-lock");
   return {};
 }
 

@@ -23,13 +23,6 @@ constexpr auto recent = std::chrono::milliseconds(10);
 constexpr uint64_t small_piece = 16;
 constexpr uint64_t large_piece = DecodedExtent::max_pages;
 
-unsigned decoder_threads(unsigned wanted) {
-  if (wanted > 0) return wanted;
-  const unsigned cpus = std::max(1u, std::thread::hardware_concurrency());
-  // One CPU is left to who answers faults.
-  return std::clamp(cpus - 1, 1u, 4u);
-}
-
 }  // namespace
 
 // A step of the fill, by the reader, when it has nothing else to do.
@@ -85,7 +78,7 @@ Status PageServer::wait_for_work() {
 
 Status PageServer::start_source() {
   source_ = VMSNAP_TRY(PageSource::start(reader_, marks_, ranges_, options_.prefetch,
-                                         decoder_threads(options_.decoder_threads)));
+                                         options_.decoder_threads));
   return {};
 }
 

@@ -1,6 +1,5 @@
 #include "restore/page_server.h"
 
-#include <fcntl.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -80,11 +79,7 @@ Status PageServer::prepare() {
   if (!called_ || !begun_ || !halt_) {
     return fail(ErrorCode::io, "cannot make an eventfd: too many open files");
   }
-  // poll(2) on a blocking userfaultfd only ever says POLLERR.
-  const int flags = ::fcntl(uffd_.fd(), F_GETFL);
-  if (flags < 0 || ::fcntl(uffd_.fd(), F_SETFL, flags | O_NONBLOCK) < 0) {
-    return fail_errno(errno, "cannot make the userfaultfd non-blocking");
-  }
+  VMSNAP_CHECK(uffd_.make_nonblocking());
   // What a predecessor had read when it was killed.
   note_removals(Uffd::parse_messages(marks_.event_buffer()));
   uint64_t largest = page_size;

@@ -151,7 +151,6 @@ class PageServer {
   Result<std::optional<Fault>> read_fault();
   std::optional<Fault> fault_of(const UffdEvent& event);
   void note_removals(const std::vector<UffdEvent>& events);
-  void note_removed(RemotePtr start, uint64_t length);
 
   // Answers (page_answer.cpp).
   Status settle(const Fault& fault, std::span<std::byte> buffer);

@@ -20,6 +20,13 @@ namespace {
 // what is between them: one copy for all costs less than one for each.
 constexpr uint64_t near = 16;
 
+unsigned decoder_threads(unsigned wanted) {
+  if (wanted > 0) return wanted;
+  const unsigned cpus = std::max(1u, std::thread::hardware_concurrency());
+  // One CPU is left to who answers faults.
+  return std::clamp(cpus - 1, 1u, 4u);
+}
+
 constexpr std::array prefetch_names = {std::string_view("none"), std::string_view("working-set"),
                                        std::string_view("all")};
 
@@ -41,6 +48,7 @@ Result<std::unique_ptr<PageSource>> PageSource::start(const ImageReader& reader,
                                                       const std::vector<ServedRange>& ranges,
                                                       Prefetch prefetch, unsigned threads) {
   std::unique_ptr<PageSource> source(new PageSource(reader, marks, ranges, prefetch));
+  threads = decoder_threads(threads);
   source->ready_ = Fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!source->ready_) return fail_errno(errno, "cannot make an eventfd");
   // Each decoder may hold one while another waits to be taken, and the taker one.

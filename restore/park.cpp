@@ -80,7 +80,7 @@ Status Parking::prepare() {
   if (failed) return fail_errno(failed.value(), "cannot find the socket {}", options_.image.qmp);
   vm_ = std::make_unique<ServedVm>(
       ServedVm{VMSNAP_TRY(RunDir::create(options_.run_dir)), std::move(record), nullptr,
-               std::move(process), Uffd(), VMSNAP_TRY(PageMarks::in_memory(0))});
+               std::move(process), Uffd(), PageMarks()});
   return vm_->dir.write(vm_->record);
 }
 

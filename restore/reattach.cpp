@@ -8,6 +8,7 @@
 #include "restore/launch_rules.h"
 #include "restore/ram_drop.h"
 #include "restore/served_vm.h"
+#include "snap/vmm/handover.h"
 #include "snap/vmm/qmp.h"
 
 namespace vmsnap {
@@ -87,21 +88,12 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
     return end_parking(dir, record, *process, context);
   }
 
-  auto image = VMSNAP_TRY(open_image({record.image, {.directory = {}, .key = options.key}, {}}));
-  if (image->info().id != record.image_id) {
-    return fail(ErrorCode::damaged,
-                "{} is not the image that this VM was restored from ({}, not {})", record.image,
-                image->info().id, record.image_id);
-  }
+  auto image = VMSNAP_TRY(open_recorded_image(record.image, record.image_id, options.key));
   VMSNAP_CHECK(check_ranges(record, image->page_count()));
   if (record.uffd < 0) return fail(ErrorCode::damaged, "restore.json names no userfaultfd");
-  auto uffd = process->take_descriptor(record.uffd);
-  if (!uffd || !is_userfaultfd(*uffd)) {
-    if (record.phase != RestorePhase::filled) {
-      if (!uffd) return tl::unexpected(std::move(uffd).error());
-      return fail(ErrorCode::damaged, "descriptor {} of {} is no userfaultfd", record.uffd,
-                  process->describe());
-    }
+  auto uffd = take_userfaultfd(*process, record.uffd);
+  if (!uffd) {
+    if (record.phase != RestorePhase::filled) return tl::unexpected(std::move(uffd).error());
     // The predecessor closed it, and died before it wrote that down.
     record.phase = RestorePhase::complete;
     context.out << fmt::format("{} has all of its memory already\n", process->describe());
@@ -113,7 +105,7 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
               std::move(record),
               std::move(image),
               *std::move(process),
-              Uffd::adopt(*std::move(uffd)),
+              *std::move(uffd),
               std::move(marks)};
   vm.record.server_pid = ::getpid();
   if (options.prefetch) vm.record.prefetch = *options.prefetch;

@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "restore/record_fields.h"
+
 namespace vmsnap {
 
 namespace fs = std::filesystem;
@@ -21,47 +23,21 @@ constexpr std::array phase_names = {
     std::string_view("loading"),  std::string_view("loaded"),   std::string_view("running"),
     std::string_view("parking"),  std::string_view("parked"),   std::string_view("filled"),   std::string_view("complete"), std::string_view("ended")};
 
-Error wrong(const char* field) {
-  return Error(ErrorCode::damaged, fmt::format("its \"{}\" is missing or wrong", field));
-}
-
-Result<uint64_t> number(const nlohmann::json& json, const char* field, uint64_t limit) {
-  const auto found = json.find(field);
-  if (found == json.end() || !found->is_number_integer() ||
-      (!found->is_number_unsigned() && found->get<int64_t>() < 0) ||
-      found->get<uint64_t>() > limit) {
-    return tl::unexpected(wrong(field));
-  }
-  return found->get<uint64_t>();
-}
-
-Result<std::string> text(const nlohmann::json& json, const char* field) {
-  const auto found = json.find(field);
-  if (found == json.end() || !found->is_string()) return tl::unexpected(wrong(field));
-  return found->get<std::string>();
-}
-
-Result<bool> flag(const nlohmann::json& json, const char* field) {
-  const auto found = json.find(field);
-  if (found == json.end() || !found->is_boolean()) return tl::unexpected(wrong(field));
-  return found->get<bool>();
-}
-
 Result<ServedRange> range_from_json(const nlohmann::json& json) {
-  if (!json.is_object()) return tl::unexpected(wrong("ranges"));
+  if (!json.is_object()) return tl::unexpected(wrong_field("ranges"));
   ServedRange range;
   constexpr uint64_t limit = uint64_t{1} << 56;  // of a user address, five-level paging
-  range.name = VMSNAP_TRY(text(json, "name"));
-  range.range.start = RemotePtr(VMSNAP_TRY(number(json, "host", limit)));
-  range.range.length = VMSNAP_TRY(number(json, "length", limit));
-  range.first_page = VMSNAP_TRY(number(json, "first_page", limit / page_size));
-  range.unit = VMSNAP_TRY(number(json, "page_bytes", 1 << 30));
+  range.name = VMSNAP_TRY(text_field(json, "name"));
+  range.range.start = RemotePtr(VMSNAP_TRY(number_field(json, "host", limit)));
+  range.range.length = VMSNAP_TRY(number_field(json, "length", limit));
+  range.first_page = VMSNAP_TRY(number_field(json, "first_page", limit / page_size));
+  range.unit = VMSNAP_TRY(number_field(json, "page_bytes", 1 << 30));
   if (range.unit != page_size && range.unit != DecodedExtent::max_pages * page_size) {
-    return tl::unexpected(wrong("page_bytes"));
+    return tl::unexpected(wrong_field("page_bytes"));
   }
   if (range.range.length == 0 || range.range.length % range.unit != 0 ||
       range.range.start.address() % range.unit != 0) {
-    return tl::unexpected(wrong("ranges"));
+    return tl::unexpected(wrong_field("ranges"));
   }
   return range;
 }
@@ -71,7 +47,7 @@ Status check_no_overlap(std::vector<ServedRange> ranges) {
     return a.range.start < b.range.start;
   });
   for (size_t i = 1; i < ranges.size(); ++i) {
-    if (ranges[i].range.start < ranges[i - 1].range.end()) return tl::unexpected(wrong("ranges"));
+    if (ranges[i].range.start < ranges[i - 1].range.end()) return tl::unexpected(wrong_field("ranges"));
   }
   return {};
 }
@@ -111,44 +87,41 @@ nlohmann::json to_json(const RestoreRecord& record) {
 
 Result<RestoreRecord> restore_record_from_json(const nlohmann::json& json) {
   if (!json.is_object()) return fail(ErrorCode::damaged, "it is not a JSON object");
-  if (VMSNAP_TRY(number(json, "version", ~uint64_t{0})) != 1) {
+  if (VMSNAP_TRY(number_field(json, "version", ~uint64_t{0})) != 1) {
     return fail(ErrorCode::unsupported, "it was written by a newer vmsnap");
   }
   RestoreRecord record;
-  const std::string phase = VMSNAP_TRY(text(json, "phase"));
+  const std::string phase = VMSNAP_TRY(text_field(json, "phase"));
   const auto named = std::find(phase_names.begin(), phase_names.end(), phase);
-  if (named == phase_names.end()) return tl::unexpected(wrong("phase"));
+  if (named == phase_names.end()) return tl::unexpected(wrong_field("phase"));
   record.phase = static_cast<RestorePhase>(named - phase_names.begin());
-  record.image = VMSNAP_TRY(text(json, "image"));
-  record.image_id = VMSNAP_TRY(text(json, "image_id"));
-  record.qmp = VMSNAP_TRY(text(json, "qmp"));
+  record.image = VMSNAP_TRY(text_field(json, "image"));
+  record.image_id = VMSNAP_TRY(text_field(json, "image_id"));
+  record.qmp = VMSNAP_TRY(text_field(json, "qmp"));
   constexpr uint64_t largest_pid = 1 << 22;
-  record.pid = static_cast<pid_t>(VMSNAP_TRY(number(json, "pid", largest_pid)));
-  record.start_time = VMSNAP_TRY(number(json, "start_time", ~uint64_t{0}));
-  record.server_pid = static_cast<pid_t>(VMSNAP_TRY(number(json, "server_pid", largest_pid)));
+  record.pid = static_cast<pid_t>(VMSNAP_TRY(number_field(json, "pid", largest_pid)));
+  record.start_time = VMSNAP_TRY(number_field(json, "start_time", ~uint64_t{0}));
+  record.server_pid = static_cast<pid_t>(VMSNAP_TRY(number_field(json, "server_pid", largest_pid)));
   if (json.contains("uffd")) {
-    record.uffd = static_cast<int>(VMSNAP_TRY(number(json, "uffd", 1 << 30)));
+    record.uffd = static_cast<int>(VMSNAP_TRY(number_field(json, "uffd", 1 << 30)));
   }
-  record.resume = VMSNAP_TRY(flag(json, "resume"));
+  record.resume = VMSNAP_TRY(flag_field(json, "resume"));
   // Not there: an older vmsnap wrote it.
   if (json.contains("prefetch")) {
-    const auto prefetch = parse_prefetch(VMSNAP_TRY(text(json, "prefetch")));
-    if (!prefetch) return tl::unexpected(wrong("prefetch"));
+    const auto prefetch = parse_prefetch(VMSNAP_TRY(text_field(json, "prefetch")));
+    if (!prefetch) return tl::unexpected(wrong_field("prefetch"));
     record.prefetch = *prefetch;
   }
-  if (json.contains("clone")) record.clone = VMSNAP_TRY(flag(json, "clone"));
+  if (json.contains("clone")) record.clone = VMSNAP_TRY(flag_field(json, "clone"));
   if (json.contains("record_working_set")) {
-    record.record_working_set = VMSNAP_TRY(flag(json, "record_working_set"));
+    record.record_working_set = VMSNAP_TRY(flag_field(json, "record_working_set"));
   }
-  if (const auto parked = json.find("of_parked_vm"); parked != json.end()) {
-    if (!parked->is_boolean()) return tl::unexpected(wrong("of_parked_vm"));
-    record.of_parked_vm = parked->get<bool>();
-  }
+  if (json.contains("of_parked_vm")) record.of_parked_vm = VMSNAP_TRY(flag_field(json, "of_parked_vm"));
   const auto ready = json.find("ready_ms");
-  if (ready == json.end() || !ready->is_number()) return tl::unexpected(wrong("ready_ms"));
+  if (ready == json.end() || !ready->is_number()) return tl::unexpected(wrong_field("ready_ms"));
   record.ready_ms = ready->get<double>();
   const auto ranges = json.find("ranges");
-  if (ranges == json.end() || !ranges->is_array()) return tl::unexpected(wrong("ranges"));
+  if (ranges == json.end() || !ranges->is_array()) return tl::unexpected(wrong_field("ranges"));
   for (const nlohmann::json& range : *ranges) {
     record.ranges.push_back(VMSNAP_TRY(range_from_json(range)));
   }
@@ -157,18 +130,22 @@ Result<RestoreRecord> restore_record_from_json(const nlohmann::json& json) {
   return record;
 }
 
-Status RunDir::take_lock() {
-  lock_ = VMSNAP_TRY(open_file(file("lock"), O_RDWR | O_CREAT | O_NOFOLLOW));
-  struct flock lock = {};
-  lock.l_type = F_WRLCK;
-  lock.l_whence = SEEK_SET;
-  if (::fcntl(lock_.get(), F_OFD_SETLK, &lock) == 0) return {};
-  if (errno != EAGAIN && errno != EACCES) return fail_errno(errno, "cannot lock {}", file("lock"));
+Result<Fd> lock_run_directory(const std::string& path) {
+  const std::string name = path + "/lock";
+  Fd lock = VMSNAP_TRY(open_file(name, O_RDWR | O_CREAT | O_NOFOLLOW));
+  if (VMSNAP_TRY(lock_whole_file(lock.get(), name))) return lock;
   std::string owner;
-  if (const auto record = read()) owner = fmt::format(" (process {})", record->server_pid);
+  if (const auto record = read_restore_record(path)) {
+    owner = fmt::format(" (process {})", record->server_pid);
+  }
   return tl::unexpected(
-      Error(ErrorCode::exists, fmt::format("a page server{} is at work in {}", owner, path_))
+      Error(ErrorCode::exists, fmt::format("a page server{} is at work in {}", owner, path))
           .with_remedy("Choose another --run-dir; there is nothing to take over."));
+}
+
+Status RunDir::take_lock() {
+  lock_ = VMSNAP_TRY(lock_run_directory(path_));
+  return {};
 }
 
 Result<RunDir> RunDir::open(const std::string& path) {
@@ -254,6 +231,15 @@ Status check_ranges(const RestoreRecord& record, uint64_t image_pages) {
     }
   }
   return {};
+}
+
+Result<std::unique_ptr<ImageReader>> open_recorded_image(const std::string& path,
+                                                         const std::string& id,
+                                                         const KeySource& key) {
+  auto image = VMSNAP_TRY(open_image({path, {.directory = {}, .key = key}, {}}));
+  if (image->info().id == id) return image;
+  return fail(ErrorCode::damaged, "{} is not the image that this VM was restored from ({}, not {})",
+              path, image->info().id, id);
 }
 
 Result<Process> find_process(const RestoreRecord& record) {

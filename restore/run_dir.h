@@ -21,6 +21,7 @@
 
 #include "formats/error.h"
 #include "formats/file.h"
+#include "formats/store/image_argument.h"
 #include "restore/page_source.h"
 #include "snap/vmm/process.h"
 
@@ -70,6 +71,11 @@ Result<RestoreRecord> restore_record_from_json(const nlohmann::json& json);
 Result<RestoreRecord> read_restore_record(const std::string& run_dir);
 // ErrorCode::damaged for a range that is not within an image of so many pages.
 Status check_ranges(const RestoreRecord& record, uint64_t image_pages);
+// The image that a VM was restored from, by its recorded path and id.
+// ErrorCode::damaged when another one is there now.
+Result<std::unique_ptr<ImageReader>> open_recorded_image(const std::string& path,
+                                                         const std::string& id,
+                                                         const KeySource& key);
 // The process of the record, if it is still that one; else ErrorCode::vm.
 Result<Process> find_process(const RestoreRecord& record);
 
@@ -79,6 +85,10 @@ Result<Process> find_process(const RestoreRecord& record);
 Result<std::string> make_run_directory(const std::string& path, bool* made = nullptr);
 // The directory of the new ones, made if it is not there.
 Result<std::string> default_run_directories();
+
+// The lock of a run directory; ErrorCode::exists while a page server is at work
+// there. It is held until the last copy of the descriptor is closed.
+Result<Fd> lock_run_directory(const std::string& path);
 
 class RunDir {
  public:

@@ -4,12 +4,10 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
-#include <cstring>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -21,6 +19,7 @@
 #include "restore/firecracker.h"
 #include "restore/page_server.h"
 #include "restore/privileges.h"
+#include "snap/vmm/unix_socket.h"
 
 namespace vmsnap {
 
@@ -29,29 +28,16 @@ namespace {
 // Newer than Debian 12's headers (Linux 6.5).
 constexpr int so_peerpidfd = 77;
 
-Result<sockaddr_un> address_of(const std::string& path) {
-  sockaddr_un address = {};
-  address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof address.sun_path) {
-    return fail(ErrorCode::usage, "the socket path {} is too long (at most {} bytes)", path,
-                sizeof address.sun_path - 1);
-  }
-  std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
-  return address;
-}
-
 // A socket file without a listener is what a killed server left.
-Status remove_stale(const std::string& path, const sockaddr_un& address) {
+Status remove_stale(const std::string& path) {
   struct stat about = {};
   if (::lstat(path.c_str(), &about) < 0) return {};
   if (!S_ISSOCK(about.st_mode)) {
     return tl::unexpected(Error(ErrorCode::exists, path + " exists and is no socket")
                               .with_remedy("Choose another --socket."));
   }
-  const Fd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  if (!probe) return fail_errno(errno, "cannot make a socket");
-  if (::connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0 ||
-      errno != ECONNREFUSED) {
+  const auto probe = connect_to_socket(path, SOCK_STREAM);
+  if (probe || probe.error().os_errno() != ECONNREFUSED) {
     return tl::unexpected(Error(ErrorCode::exists, "somebody listens on " + path + " already")
                               .with_remedy("Choose another --socket, or end that server."));
   }
@@ -60,19 +46,9 @@ Status remove_stale(const std::string& path, const sockaddr_un& address) {
 }
 
 Result<Fd> listen_on(const std::string& path) {
-  const sockaddr_un address = VMSNAP_TRY(address_of(path));
-  VMSNAP_CHECK(remove_stale(path, address));
-  Fd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!listener) return fail_errno(errno, "cannot make a socket");
-  // The file must never be there for others, not even for a moment.
-  const mode_t before = ::umask(0177);
-  const int bound =
-      ::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address);
-  const int why = errno;
-  ::umask(before);
-  if (bound < 0) return fail_errno(why, "cannot make the socket {}", path);
-  if (::listen(listener.get(), 16) < 0) return fail_errno(errno, "cannot listen on {}", path);
-  return listener;
+  VMSNAP_TRY(socket_address(path));
+  VMSNAP_CHECK(remove_stale(path));
+  return listen_on_socket(path, SOCK_STREAM | SOCK_NONBLOCK, 16);
 }
 
 struct Peer {

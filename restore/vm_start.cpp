@@ -67,7 +67,7 @@ Status VmStart::prepare() {
   const bool resume = request.record.was_running && !options_.start_paused;
   vm_ = std::make_unique<ServedVm>(ServedVm{VMSNAP_TRY(RunDir::create(options_.run_dir)),
                                             RestoreRecord(), std::move(image_), Process(), Uffd(),
-                                            VMSNAP_TRY(PageMarks::in_memory(0))});
+                                            PageMarks()});
   vm_->record.image = std::filesystem::absolute(vm_->image->path()).string();
   vm_->record.image_id = vm_->image->info().id;
   vm_->record.resume = resume;

@@ -151,13 +151,12 @@ Status CloneStarter::join_or_make_farm() {
   farm_ = std::make_unique<FarmDir>(VMSNAP_TRY(FarmDir::make(options_.vm.run_dir)));
   if (auto joined = connect_for_messages(farm_->socket())) {
     connection_ = *std::move(joined);
-    const LinkMessage about = VMSNAP_TRY(ask(connection_.get(), {{"do", "about"}}));
-    if (about.json.value("image_id", "") == image_->info().id) return {};
+    if (VMSNAP_TRY(farm_->read()).image_id == image_->info().id) return {};
     return tl::unexpected(
         Error(ErrorCode::exists, fmt::format("the clones in {} are of another image", farm_->path()))
             .with_remedy("Choose another --run-dir."));
   }
-  FarmSetup setup = {*farm_, VMSNAP_TRY(farm_->lock()), {}, nullptr,
+  FarmSetup setup = {*farm_, VMSNAP_TRY(farm_->lock()), {}, *image_,
                      VMSNAP_TRY(SharedMemory::create(image_->page_count()))};
   for (const std::string& name : farm_->clones()) {
     const auto record = read_restore_record(farm_->file(name));
@@ -172,7 +171,6 @@ Status CloneStarter::join_or_make_farm() {
   setup.record.prefetch = options_.vm.prefetch.value_or(Prefetch::all);
   setup.record.memory = options_.memory;
   VMSNAP_CHECK(farm_->write(setup.record));
-  setup.image = VMSNAP_TRY(open_image(options_.vm.image));  // the keeper's own
   connection_ = VMSNAP_TRY(start_keeper(std::move(setup), {}));
   return {};
 }
@@ -341,11 +339,7 @@ Status reattach_farm(const std::string& run_dir, const KeySource& key, bool json
   FarmDir farm = VMSNAP_TRY(FarmDir::open(run_dir));
   Fd lock = VMSNAP_TRY(farm.lock());
   FarmRecord record = VMSNAP_TRY(farm.read());
-  auto image = VMSNAP_TRY(open_image({record.image, {.directory = {}, .key = key}, {}}));
-  if (image->info().id != record.image_id) {
-    return fail(ErrorCode::damaged, "{} is not the image that the clones are of ({}, not {})",
-                record.image, image->info().id, record.image_id);
-  }
+  const auto image = VMSNAP_TRY(open_recorded_image(record.image, record.image_id, key));
   std::vector<std::string> living;
   Result<SharedMemory> memory =
       fail(ErrorCode::vm, "no clone lives in {}; there is nothing to take over", farm.path());
@@ -362,7 +356,7 @@ Status reattach_farm(const std::string& run_dir, const KeySource& key, bool json
     if (!memory) memory = SharedMemory::of_clone(*process, image->page_count());
   }
   if (!memory) return tl::unexpected(std::move(memory).error());
-  (void)VMSNAP_TRY(start_keeper({farm, std::move(lock), record, std::move(image), *std::move(memory)}, living));
+  VMSNAP_TRY(start_keeper({farm, std::move(lock), record, *image, *std::move(memory)}, living));
   if (json) {
     context.out << nlohmann::json({{"run_dir", farm.path()}, {"clones", living}}).dump(2) << "\n";
   } else {

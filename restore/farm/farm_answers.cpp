@@ -46,13 +46,6 @@ Result<FarmServer::Answer> FarmServer::try_answer(const Fault& fault) {
     clone.found.fetch_add(1, std::memory_order_relaxed);
     return wake(fault);
   }
-  if (shared && VMSNAP_TRY(reader_.page_kind(fault.page).or_else([](const Error&) -> Result<PageKind> {
-        return PageKind::data;  // reading it will say what is wrong
-      })) == PageKind::zero) {
-    const Answer given = VMSNAP_TRY(give_zero(fault));
-    if (given == Answer::done) give_zero_around(fault);
-    return given;
-  }
   if (!in_flight_.begin(fault.page, fault)) return Answer::left;
   // It may have come since we looked.
   const bool there = shared && cache_.contains(fault.page);
@@ -67,7 +60,11 @@ Result<FarmServer::Answer> FarmServer::bring(const Fault& fault) {
   PageBuffer bytes;
   const Result<PageKind> kind = reader_.read_page(fault.page, bytes);
   if (!kind) return give_up(fault, kind.error());
-  if (*kind == PageKind::zero) return give_zero(fault);
+  if (*kind == PageKind::zero) {
+    const Answer given = VMSNAP_TRY(give_zero(fault));
+    if (given == Answer::done) give_zero_around(fault);
+    return given;
+  }
   read_.fetch_add(1, std::memory_order_relaxed);
   switch (VMSNAP_TRY(cache_.put(fault.page, bytes))) {
     case PageCache::Put::no_memory:
@@ -191,8 +188,7 @@ void FarmServer::run_prefetch() {
   // As if all of the image were one range.
   const std::vector<ServedRange> all = {
       {{RemotePtr(page_size), reader_.page_count() * page_size}, 0, page_size, "the image"}};
-  const unsigned decoders = std::clamp(std::thread::hardware_concurrency(), 2U, 5U) - 1;
-  auto source = PageSource::start(reader_, wanted_, all, options_.prefetch, decoders);
+  auto source = PageSource::start(reader_, wanted_, all, options_.prefetch, /*threads=*/0);
   if (!source) return log_warning("nothing is loaded ahead: {}", source.error().message());
   while (!stop_.load() && !(*source)->exhausted() && cache_.room() > DecodedExtent::max_pages) {
     DecodedExtent* extent = (*source)->take();

@@ -1,12 +1,13 @@
 #include "restore/farm/farm_dir.h"
 
-#include <fcntl.h>
 #include <sys/stat.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <filesystem>
+
+#include "restore/record_fields.h"
 
 namespace vmsnap {
 
@@ -23,29 +24,18 @@ uint64_t clone_number(const std::string& name) {
 }
 
 Result<FarmRecord> farm_record_from_json(const nlohmann::json& json) {
-  const auto wrong = [](const char* field) {
-    return fail(ErrorCode::damaged, "its \"{}\" is missing or wrong", field);
-  };
   if (!json.is_object()) return fail(ErrorCode::damaged, "it is not a JSON object");
+  if (VMSNAP_TRY(number_field(json, "version", ~uint64_t{0})) != 1) {
+    return fail(ErrorCode::unsupported, "it was written by a newer vmsnap");
+  }
   FarmRecord record;
-  const auto has = [&](const char* field) { return json.contains(field) ? &json[field] : nullptr; };
-  const auto* version = has("version");
-  if (!version || !version->is_number_unsigned()) return wrong("version");
-  if (*version != 1) return fail(ErrorCode::unsupported, "it was written by a newer vmsnap");
-  const auto *image = has("image"), *id = has("image_id"), *prefetch = has("prefetch"),
-             *memory = has("memory"), *keeper = has("keeper_pid");
-  if (!image || !image->is_string()) return wrong("image");
-  if (!id || !id->is_string()) return wrong("image_id");
-  if (!prefetch || !prefetch->is_string()) return wrong("prefetch");
-  if (!memory || !memory->is_number_unsigned()) return wrong("memory");
-  if (!keeper || !keeper->is_number_unsigned() || *keeper > (1U << 22)) return wrong("keeper_pid");
-  record.image = image->get<std::string>();
-  record.image_id = id->get<std::string>();
-  const auto parsed = parse_prefetch(prefetch->get<std::string>());
-  if (!parsed) return wrong("prefetch");
-  record.prefetch = *parsed;
-  record.memory = memory->get<uint64_t>();
-  record.keeper_pid = keeper->get<pid_t>();
+  record.image = VMSNAP_TRY(text_field(json, "image"));
+  record.image_id = VMSNAP_TRY(text_field(json, "image_id"));
+  const auto prefetch = parse_prefetch(VMSNAP_TRY(text_field(json, "prefetch")));
+  if (!prefetch) return tl::unexpected(wrong_field("prefetch"));
+  record.prefetch = *prefetch;
+  record.memory = VMSNAP_TRY(number_field(json, "memory", ~uint64_t{0}));
+  record.keeper_pid = static_cast<pid_t>(VMSNAP_TRY(number_field(json, "keeper_pid", 1 << 22)));
   return record;
 }
 
@@ -68,18 +58,6 @@ Result<FarmDir> FarmDir::open(const std::string& path) {
             .with_remedy("Give the --run-dir that vmsnap restore --clones printed."));
   }
   return dir;
-}
-
-Result<Fd> FarmDir::lock() const {
-  Fd fd = VMSNAP_TRY(open_file(file("lock"), O_RDWR | O_CREAT | O_NOFOLLOW));
-  struct flock lock = {};
-  lock.l_type = F_WRLCK;
-  lock.l_whence = SEEK_SET;
-  if (::fcntl(fd.get(), F_OFD_SETLK, &lock) == 0) return fd;
-  if (errno != EAGAIN && errno != EACCES) return fail_errno(errno, "cannot lock {}", file("lock"));
-  return tl::unexpected(
-      Error(ErrorCode::exists, fmt::format("a page server is at work in {}", path_))
-          .with_remedy("Choose another --run-dir; there is nothing to take over."));
 }
 
 Status FarmDir::write(const FarmRecord& record) const {

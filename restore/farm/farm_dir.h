@@ -43,7 +43,7 @@ class FarmDir {
   std::string socket() const { return file("farm.sock"); }
 
   // ErrorCode::exists while a keeper is at work there.
-  Result<Fd> lock() const;
+  Result<Fd> lock() const { return lock_run_directory(path_); }
   Status write(const FarmRecord& record) const;
   Result<FarmRecord> read() const;
 

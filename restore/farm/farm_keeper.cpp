@@ -16,6 +16,7 @@
 #include "restore/background.h"
 #include "restore/farm/farm_link.h"
 #include "restore/farm/page_worker.h"
+#include "snap/vmm/handover.h"
 
 namespace vmsnap {
 
@@ -62,7 +63,7 @@ Status Keeper::take_up(const std::string& name) {
   if (record.image_id != setup_.record.image_id) {
     return fail(ErrorCode::damaged, "clone {} is of another image", name);
   }
-  VMSNAP_CHECK(check_ranges(record, setup_.image->page_count()));
+  VMSNAP_CHECK(check_ranges(record, setup_.image.page_count()));
   KeptClone clone;
   clone.name = name;
   clone.ranges = record.ranges;
@@ -70,12 +71,7 @@ Status Keeper::take_up(const std::string& name) {
     if (range.unit != page_size) return fail(ErrorCode::damaged, "clone {} has huge pages", name);
   }
   clone.process = VMSNAP_TRY(find_process(record));
-  Fd uffd = VMSNAP_TRY(clone.process.take_descriptor(record.uffd));
-  if (!is_userfaultfd(uffd)) {
-    return fail(ErrorCode::damaged, "descriptor {} of {} is no userfaultfd", record.uffd,
-                clone.process.describe());
-  }
-  clone.uffd = Uffd::adopt(std::move(uffd));
+  clone.uffd = VMSNAP_TRY(take_userfaultfd(clone.process, record.uffd));
   clones_.push_back(std::move(clone));
   if (!link_) return {};
   const Status told = link_.add(clones_.back());
@@ -87,18 +83,14 @@ Status Keeper::take_up(const std::string& name) {
 }
 
 Status Keeper::start_worker() {
-  int ends[2];
-  if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) < 0) {
-    return fail_errno(errno, "cannot make a socket pair");
-  }
-  Fd ours(ends[0]), theirs(ends[1]);
+  auto [ours, theirs] = VMSNAP_TRY(message_pair());
   const pid_t child = ::fork();
   if (child < 0) return fail_errno(errno, "cannot start a page server");
   if (child == 0) {
     ours.reset();
     listener_.reset();
     connections_.clear();
-    const PageWorkerSetup worker = {setup_.dir.path(), setup_.record, *setup_.image, setup_.memory};
+    const PageWorkerSetup worker = {setup_.dir.path(), setup_.record, setup_.image, setup_.memory};
     ::_exit(run_page_worker(worker, std::move(clones_), theirs.get()));
   }
   worker_ = child;
@@ -147,9 +139,7 @@ void Keeper::bury_the_dead() {
 Result<LinkMessage> Keeper::answer(const nlohmann::json& request) {
   const std::string what = request.value("do", "");
   LinkMessage reply{nlohmann::json::object(), {}};
-  if (what == "about") {
-    reply.json["image_id"] = setup_.record.image_id;
-  } else if (what == "memory") {
+  if (what == "memory") {
     reply.descriptors.push_back(VMSNAP_TRY(setup_.memory.open_for_clone()));
   } else if (what == "join") {
     VMSNAP_CHECK(take_up(request.value("clone", "")));
@@ -219,14 +209,10 @@ Status Keeper::run() {
 
 Result<Fd> start_keeper(FarmSetup setup, const std::vector<std::string>& clones) {
   Fd listener = VMSNAP_TRY(listen_for_messages(setup.dir.socket()));
-  int ends[2];
-  if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) < 0) {
-    return fail_errno(errno, "cannot make a socket pair");
-  }
-  Fd ours(ends[0]), theirs(ends[1]);
+  auto [ours, theirs] = VMSNAP_TRY(message_pair());
   const pid_t child = ::fork();
   if (child < 0) return fail_errno(errno, "cannot start a background process");
-  if (child > 0) return ours;
+  if (child > 0) return std::move(ours);
   ours.reset();
   become_background(setup.dir.file("vmsnap.log"));
   setup.record.keeper_pid = ::getpid();

@@ -13,7 +13,6 @@
 // VMM holds its userfaultfd; `restore --reattach` begins with a new keeper.
 //
 // Requests on farm.sock (farm_link.h); the answer is {} where nothing is said:
-//   {"do": "about"}               {"image_id"}
 //   {"do": "memory"}              {} and the shared memory, for reading only
 //   {"do": "join", "clone": "3"}  the clone of that directory is served from now on
 //   {"do": "status"}              counters, see FarmServer::status()
@@ -22,7 +21,6 @@
 // connected: who starts clones stays connected meanwhile.
 #pragma once
 
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -37,7 +35,7 @@ struct FarmSetup {
   FarmDir dir;
   Fd lock;
   FarmRecord record;
-  std::unique_ptr<ImageReader> image;
+  const ImageReader& image;  // the keeper has it by the fork
   SharedMemory memory;
 };
 

@@ -2,15 +2,13 @@
 
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 
 #include "snap/vmm/descriptor_message.h"
+#include "snap/vmm/unix_socket.h"
 
 namespace vmsnap {
 
@@ -18,25 +16,6 @@ namespace {
 
 constexpr size_t max_message = 128 << 10;
 constexpr size_t max_link_descriptors = 8;
-
-Result<sockaddr_un> link_address(const std::string& path) {
-  sockaddr_un address = {};
-  address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof address.sun_path) {
-    return tl::unexpected(
-        Error(ErrorCode::usage, fmt::format("the socket path {} is too long (at most {} bytes)",
-                                            path, sizeof address.sun_path - 1))
-            .with_remedy("Choose a shorter --run-dir."));
-  }
-  std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
-  return address;
-}
-
-Result<Fd> message_socket() {
-  Fd socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
-  if (!socket) return fail_errno(errno, "cannot make a socket");
-  return socket;
-}
 
 }  // namespace
 
@@ -72,14 +51,7 @@ Result<std::optional<LinkMessage>> receive_message(int socket, std::chrono::mill
   } while (got < 0 && errno == EINTR);
   if (got <= 0) return std::nullopt;  // ECONNRESET is an end, too
   LinkMessage message;
-  for (cmsghdr* part = CMSG_FIRSTHDR(&header); part; part = CMSG_NXTHDR(&header, part)) {
-    if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
-    for (size_t i = 0; i < (part->cmsg_len - CMSG_LEN(0)) / sizeof(int); ++i) {
-      int fd;
-      std::memcpy(&fd, CMSG_DATA(part) + i * sizeof fd, sizeof fd);
-      message.descriptors.emplace_back(fd);
-    }
-  }
+  collect_descriptors(header, message.descriptors);
   message.json = nlohmann::json::parse(text.data(), text.data() + got, nullptr, false);
   if ((header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) || !message.json.is_object()) {
     return fail(ErrorCode::damaged, "what came over the farm's socket is no message of ours");
@@ -100,27 +72,25 @@ Result<LinkMessage> ask(int socket, const nlohmann::json& request,
 }
 
 Result<Fd> listen_for_messages(const std::string& path) {
-  const sockaddr_un address = VMSNAP_TRY(link_address(path));
-  Fd socket = VMSNAP_TRY(message_socket());
   // Whoever holds the lock of the directory may replace what a dead one left.
   ::unlink(path.c_str());
-  const mode_t before = ::umask(0177);
-  const int bound =
-      ::bind(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address);
-  const int why = errno;
-  ::umask(before);
-  if (bound < 0) return fail_errno(why, "cannot make the socket {}", path);
-  if (::listen(socket.get(), 64) < 0) return fail_errno(errno, "cannot listen on {}", path);
-  return socket;
+  auto listener = listen_on_socket(path, SOCK_SEQPACKET, 64);
+  if (listener || listener.error().code() != ErrorCode::usage) return listener;
+  return tl::unexpected(std::move(listener).error().with_remedy("Choose a shorter --run-dir."));
 }
 
 Result<Fd> connect_for_messages(const std::string& path) {
-  const sockaddr_un address = VMSNAP_TRY(link_address(path));
-  Fd socket = VMSNAP_TRY(message_socket());
-  if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0) {
-    return socket;
-  }
+  auto connected = connect_to_socket(path, SOCK_SEQPACKET);
+  if (connected) return connected;
   return fail(ErrorCode::vm, "nobody listens on {}", path);
+}
+
+Result<MessagePair> message_pair() {
+  int ends[2];
+  if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) < 0) {
+    return fail_errno(errno, "cannot make a socket pair");
+  }
+  return MessagePair{Fd(ends[0]), Fd(ends[1])};
 }
 
 }  // namespace vmsnap

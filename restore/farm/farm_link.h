@@ -40,4 +40,10 @@ Result<LinkMessage> ask(int socket, const nlohmann::json& request,
 Result<Fd> listen_for_messages(const std::string& path);
 Result<Fd> connect_for_messages(const std::string& path);
 
+// Two ends that are connected, for a process and its child.
+struct MessagePair {
+  Fd ours, theirs;
+};
+Result<MessagePair> message_pair();
+
 }  // namespace vmsnap

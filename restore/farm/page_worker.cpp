@@ -34,11 +34,7 @@ class PageWorker {
 
 Status PageWorker::add(const std::string& name, Uffd uffd, Fd pidfd,
                        std::vector<ServedRange> ranges) {
-  // poll(2) on a blocking userfaultfd only ever says POLLERR.
-  const int flags = ::fcntl(uffd.fd(), F_GETFL);
-  if (flags < 0 || ::fcntl(uffd.fd(), F_SETFL, flags | O_NONBLOCK) < 0) {
-    return fail_errno(errno, "cannot make the userfaultfd non-blocking");
-  }
+  VMSNAP_CHECK(uffd.make_nonblocking());
   PageMarks marks = VMSNAP_TRY(
       PageMarks::open(setup_.run_dir + "/" + name + "/pages", setup_.image.page_count()));
   return server_->add({name, std::move(uffd), std::move(pidfd), std::move(marks), std::move(ranges)});

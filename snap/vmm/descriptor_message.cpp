@@ -36,4 +36,16 @@ ssize_t send_with_descriptors(int socket, std::span<const std::byte> bytes,
   return sent;
 }
 
+void collect_descriptors(msghdr& header, std::vector<Fd>& descriptors) {
+  for (cmsghdr* part = CMSG_FIRSTHDR(&header); part; part = CMSG_NXTHDR(&header, part)) {
+    if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
+    const size_t count = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t i = 0; i < count; ++i) {
+      int fd;
+      std::memcpy(&fd, CMSG_DATA(part) + i * sizeof fd, sizeof fd);
+      descriptors.emplace_back(fd);
+    }
+  }
+}
+
 }  // namespace vmsnap

@@ -1,10 +1,14 @@
 // Sending descriptors along with bytes over a Unix socket (SCM_RIGHTS, unix(7)).
 #pragma once
 
+#include <sys/socket.h>
 #include <sys/types.h>
 
 #include <cstddef>
 #include <span>
+#include <vector>
+
+#include "formats/file.h"
 
 namespace vmsnap {
 
@@ -13,5 +17,8 @@ namespace vmsnap {
 // SIGPIPE. Returns what sendmsg does: bytes sent, or -1 and errno.
 ssize_t send_with_descriptors(int socket, std::span<const std::byte> bytes,
                               std::span<const int> descriptors);
+
+// Takes over every descriptor that came with a message received by recvmsg(2).
+void collect_descriptors(msghdr& header, std::vector<Fd>& descriptors);
 
 }  // namespace vmsnap

@@ -238,6 +238,13 @@ Result<HandedUffd> bring_out_uffd(const Process& process, Qmp* qmp, uint64_t fea
   return handed;
 }
 
+Result<Uffd> take_userfaultfd(const Process& process, int remote_fd) {
+  Fd fd = VMSNAP_TRY(process.take_descriptor(remote_fd));
+  if (is_userfaultfd(fd)) return Uffd::adopt(std::move(fd));
+  return fail(ErrorCode::damaged, "descriptor {} of {} is no userfaultfd", remote_fd,
+              process.describe());
+}
+
 Status close_in_process(const Process& process, int remote_fd) {
   const int64_t closed = VMSNAP_TRY(run_injected(
       process, [remote_fd](RemoteThread& thread, InjectorLink&) {

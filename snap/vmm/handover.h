@@ -32,6 +32,10 @@ struct HandedUffd {
 Result<HandedUffd> bring_out_uffd(const Process& process, Qmp* qmp, uint64_t features,
                                   KeepInVmm keep);
 
+// Takes over the userfaultfd that the process keeps as `remote_fd`.
+// ErrorCode::damaged when that is something else.
+Result<Uffd> take_userfaultfd(const Process& process, int remote_fd);
+
 // Closes descriptor `remote_fd` in the process (an injected close(2)).
 Status close_in_process(const Process& process, int remote_fd);
 

@@ -2,13 +2,13 @@
 
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
 
 #include "snap/vmm/descriptor_message.h"
+#include "snap/vmm/unix_socket.h"
 
 namespace vmsnap {
 
@@ -57,21 +57,17 @@ Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::millisecon
   Qmp qmp;
   qmp.path_ = socket_path;
   qmp.limit_ = limit;
-  sockaddr_un address = {};
-  address.sun_family = AF_UNIX;
-  if (socket_path.size() >= sizeof address.sun_path) {
-    return fail(ErrorCode::usage, "socket path {} is longer than {} bytes", socket_path,
-                sizeof address.sun_path - 1);
+  auto connected = connect_to_socket(socket_path, SOCK_STREAM);
+  if (!connected && connected.error().code() == ErrorCode::usage) {
+    return tl::unexpected(std::move(connected).error());
   }
-  std::memcpy(address.sun_path, socket_path.c_str(), socket_path.size());
-  qmp.fd_ = Fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  if (!qmp.fd_) return fail_errno(errno, "cannot make a socket");
-  if (::connect(qmp.fd(), reinterpret_cast<sockaddr*>(&address), sizeof address) < 0) {
+  if (!connected) {
     return tl::unexpected(
-        Error::from_errno(errno, fmt::format("cannot connect to QMP socket {}", socket_path),
-                          ErrorCode::vm)
+        Error::from_errno(connected.error().os_errno(),
+                          fmt::format("cannot connect to QMP socket {}", socket_path), ErrorCode::vm)
             .with_remedy("Start the VM with -qmp unix:PATH,server=on,wait=off and give that PATH."));
   }
+  qmp.fd_ = *std::move(connected);
   // A monitor talks to one client at a time; the greeting of a second one
   // waits until the first has gone.
   auto greeting = qmp.read_message(Clock::now() + limit);

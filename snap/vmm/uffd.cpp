@@ -103,6 +103,12 @@ Result<Uffd> Uffd::initialize(Fd fd, uint64_t features) {
   return Uffd(std::move(fd));
 }
 
+Status Uffd::make_nonblocking() const {
+  const int flags = ::fcntl(fd(), F_GETFL);
+  if (flags >= 0 && ::fcntl(fd(), F_SETFL, flags | O_NONBLOCK) == 0) return {};
+  return fail_errno(errno, "cannot make the userfaultfd non-blocking");
+}
+
 Result<RegisterOutcome> Uffd::register_range(RemoteRange range, RegisterMode mode) const {
   uffdio_register request = {};
   request.range = raw(range);

@@ -69,6 +69,10 @@ class Uffd {
   // Features this kernel offers, by asking a userfaultfd of our own.
   static Result<uint64_t> kernel_features();
 
+  // Whoever polls needs it: poll(2) on a blocking userfaultfd only ever says
+  // POLLERR.
+  Status make_nonblocking() const;
+
   int fd() const { return fd_.get(); }
   explicit operator bool() const { return static_cast<bool>(fd_); }
   // Drops all marks and wakes every waiter, if ours is the last descriptor.

@@ -1,0 +1,55 @@
+#include "snap/vmm/unix_socket.h"
+
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <cstring>
+
+namespace vmsnap {
+
+namespace {
+
+Result<Fd> new_socket(int type) {
+  Fd socket(::socket(AF_UNIX, type | SOCK_CLOEXEC, 0));
+  if (!socket) return fail_errno(errno, "cannot make a socket");
+  return socket;
+}
+
+}  // namespace
+
+Result<sockaddr_un> socket_address(const std::string& path) {
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof address.sun_path) {
+    return fail(ErrorCode::usage, "the socket path {} is too long (at most {} bytes)", path,
+                sizeof address.sun_path - 1);
+  }
+  std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
+  return address;
+}
+
+Result<Fd> connect_to_socket(const std::string& path, int type) {
+  const sockaddr_un address = VMSNAP_TRY(socket_address(path));
+  Fd socket = VMSNAP_TRY(new_socket(type));
+  if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0) {
+    return socket;
+  }
+  return fail_errno(errno, "cannot connect to {}", path);
+}
+
+Result<Fd> listen_on_socket(const std::string& path, int type, int backlog) {
+  const sockaddr_un address = VMSNAP_TRY(socket_address(path));
+  Fd socket = VMSNAP_TRY(new_socket(type));
+  // The file must never be there for others, not even for a moment.
+  const mode_t before = ::umask(0177);
+  const int bound =
+      ::bind(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address);
+  const int why = errno;
+  ::umask(before);
+  if (bound < 0) return fail_errno(why, "cannot make the socket {}", path);
+  if (::listen(socket.get(), backlog) < 0) return fail_errno(errno, "cannot listen on {}", path);
+  return socket;
+}
+
+}  // namespace vmsnap

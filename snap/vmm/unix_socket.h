@@ -1,0 +1,26 @@
+// Unix sockets with a name in the file system (unix(7)).
+//
+// Paths that do not fit into an address are ErrorCode::usage. Descriptors come
+// close-on-exec.
+#pragma once
+
+#include <sys/un.h>
+
+#include <string>
+
+#include "formats/error.h"
+#include "formats/file.h"
+
+namespace vmsnap {
+
+Result<sockaddr_un> socket_address(const std::string& path);
+
+// `type` is SOCK_STREAM or SOCK_SEQPACKET, here and below, or'ed with
+// SOCK_NONBLOCK if wished. The error has connect(2)'s errno.
+Result<Fd> connect_to_socket(const std::string& path, int type);
+
+// Makes the socket, mode 0600 from its first moment, and listens. Nothing may
+// be at `path`.
+Result<Fd> listen_on_socket(const std::string& path, int type, int backlog);
+
+}  // namespace vmsnap
