@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 
@@ -20,9 +21,9 @@ bool is_ours(const std::string& file) {
 
 // The bounding set can only be changed with CAP_SETPCAP; without it there is
 // nothing that no_new_privs does not prevent.
-Status empty_bounding_set(unsigned kept) {
+Status empty_bounding_set(uint64_t kept) {
   for (unsigned capability = 0; ::prctl(PR_CAPBSET_READ, capability, 0, 0, 0) >= 0; ++capability) {
-    if (capability == kept) continue;
+    if (kept >> capability & 1) continue;
     if (::prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0 && errno != EPERM) {
       return fail_errno(errno, "cannot drop capability {}", capability);
     }
@@ -32,9 +33,11 @@ Status empty_bounding_set(unsigned kept) {
 
 }  // namespace
 
-Status drop_privileges(const std::string& file) {
-  constexpr unsigned nothing = 64;
-  const unsigned kept = is_ours(file) ? nothing : CAP_DAC_READ_SEARCH;
+Status drop_privileges(const std::vector<std::string>& read,
+                       const std::vector<std::string>& written) {
+  uint64_t kept = 0;
+  if (!std::ranges::all_of(read, is_ours)) kept |= uint64_t{1} << CAP_DAC_READ_SEARCH;
+  if (!std::ranges::all_of(written, is_ours)) kept |= uint64_t{1} << CAP_DAC_OVERRIDE;
   VMSNAP_CHECK(empty_bounding_set(kept));
   // There are no ambient capabilities before Linux 4.3.
   if (::prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0 && errno != EINVAL) {
@@ -46,7 +49,7 @@ Status drop_privileges(const std::string& file) {
     return fail_errno(errno, "cannot read the capabilities");
   }
   for (unsigned i = 0; i < sets.size(); ++i) {
-    const uint32_t mask = kept / 32 == i ? uint32_t{1} << kept % 32 : 0;
+    const auto mask = static_cast<uint32_t>(kept >> 32 * i);
     sets[i] = {.effective = sets[i].effective & mask,
                .permitted = sets[i].permitted & mask,
                .inheritable = 0};

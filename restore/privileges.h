@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "formats/error.h"
 
@@ -10,10 +11,12 @@ namespace vmsnap {
 // Of the calling thread and those that it makes from now on: no privileges by
 // executing a program (no_new_privs), no capabilities, none in the bounding and
 // ambient sets. The user id stays, so that our own files can still be opened:
-// the packs of a store are, when they are first needed. Only if `file` is
-// another's does CAP_DAC_READ_SEARCH stay, for the same reason. Irrevocable.
+// the packs of a store are, when they are first needed. For the same reason
+// CAP_DAC_READ_SEARCH stays if one of `read` is another's, and CAP_DAC_OVERRIDE
+// if one of `written` is. Irrevocable.
 //
 // Sources: capabilities(7), capset(2), prctl(2).
-Status drop_privileges(const std::string& file);
+Status drop_privileges(const std::vector<std::string>& read,
+                       const std::vector<std::string>& written = {});
 
 }  // namespace vmsnap

@@ -7,16 +7,19 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <iostream>
+#include <filesystem>
+#include <functional>
 
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
 #include "formats/test_point.h"
-#include "restore/background.h"
 #include "formats/store/recorded_working_set.h"
 #include "formats/working_set_file.h"
+#include "restore/background.h"
+#include "restore/privileges.h"
 #include "restore/progress.h"
+#include "restore/uffd_closer.h"
 #include "snap/vmm/handover.h"
 
 namespace vmsnap {
@@ -127,8 +130,10 @@ void save_recorded(const ServedVm& vm) {
   log_info("{} pages of the working set recorded in {}", pages.size(), working_set_path(*vm.image));
 }
 
-// After the page server: writes down how it ended and lets go of the VM.
-Status conclude(ServedVm& vm, const Result<ServeEnd>& end, const PageServerCounters& counters) {
+// After the page server: writes down how it ended and lets go of the VM, by
+// `close_uffd`, which closes the VM's own userfaultfd.
+Status conclude(ServedVm& vm, const Result<ServeEnd>& end, const PageServerCounters& counters,
+                const std::function<Status()>& close_uffd) {
   vm.record.counters = to_json(counters);
   vm.record.server_pid = 0;
   save_recorded(vm);
@@ -159,7 +164,7 @@ Status conclude(ServedVm& vm, const Result<ServeEnd>& end, const PageServerCount
             .with_remedy(fmt::format("If the image can be repaired: vmsnap restore --reattach {}",
                                      vm.dir.path())));
   }
-  VMSNAP_CHECK(close_in_process(vm.process, vm.record.uffd));
+  VMSNAP_CHECK(close_uffd());
   vm.uffd.close();
   vm.record.phase = RestorePhase::complete;
   VMSNAP_CHECK(vm.dir.write(vm.record));
@@ -171,6 +176,18 @@ Status conclude(ServedVm& vm, const Result<ServeEnd>& end, const PageServerCount
                         counters.poisoned, vm.record.image, vm.record.pid))
           .with_remedy("The guest meets a memory error where it touches one; vmsnap verify names "
                        "what is damaged."));
+}
+
+// In the background, where a server may stay for as long as its VM. It goes on
+// reading the image, and writes into the run directory, and beside the image.
+Result<UffdCloser> give_up_privileges(const ServedVm& vm) {
+  auto closer = VMSNAP_TRY(UffdCloser::start(vm.record));
+  std::vector<std::string> written = {vm.dir.path()};
+  if (vm.record.record_working_set) {
+    written.push_back(std::filesystem::path(working_set_path(*vm.image)).parent_path());
+  }
+  VMSNAP_CHECK(drop_privileges({vm.image->path()}, written));
+  return closer;
 }
 
 volatile sig_atomic_t told_to_end = 0;
@@ -214,12 +231,18 @@ Result<pid_t> serve_in_background(ServedVm& vm) {
   vm.record.server_pid = ::getpid();
   Status written = vm.dir.write(vm.record);
   if (!written) log_warning("{}", written.error().message());
+  auto closer = give_up_privileges(vm);
+  if (!closer) {
+    log_line(LogLevel::error, closer.error().message());
+    ::_exit(exit_status(closer.error().code()));
+  }
   const auto serving = Serving::start(vm);
   if (vm.record.phase == RestorePhase::parked) wait_for_unpark(vm, *serving);
   serving->begin_fill();
   while (!serving->ended() && !told_to_end) ::usleep(50000);
   const Result<ServeEnd> end = serving->stop();
-  const Status concluded = conclude(vm, end, serving->counters());
+  const Status concluded =
+      conclude(vm, end, serving->counters(), [&] { return closer->close(); });
   if (concluded) {
     log_info("{}", *end == ServeEnd::filled    ? "all pages are there"
                    : *end == ServeEnd::vm_gone ? "the VM has ended"
@@ -245,7 +268,9 @@ Status serve_to_end(ServedVm& vm, std::unique_ptr<Serving> serving, const ServeM
   const PageServerCounters counters = serving->counters();
   serving.reset();
   if (!end || *end != ServeEnd::stopped) {
-    const Status concluded = conclude(vm, end, counters);
+    const Status concluded = conclude(vm, end, counters, [&] {
+      return close_in_process(vm.process, vm.record.uffd);
+    });
     if (concluded || (end && *end == ServeEnd::filled)) {
       print_summary(vm, counters, manner, context);
     }

@@ -67,7 +67,7 @@ Status PageWorker::run(std::vector<KeptClone> clones, int link) {
   server_ = std::make_unique<FarmServer>(setup_.image, *cache_,
                                          FarmServerOptions{.prefetch = setup_.record.prefetch});
   // Before the threads are made. The cache's userfaultfd is there by now.
-  VMSNAP_CHECK(drop_privileges(setup_.record.image));
+  VMSNAP_CHECK(drop_privileges({setup_.record.image}));
   VMSNAP_CHECK(server_->start());
   for (KeptClone& clone : clones) {
     Fd pidfd(::fcntl(clone.process.pidfd(), F_DUPFD_CLOEXEC, 0));

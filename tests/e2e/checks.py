@@ -72,6 +72,20 @@ def assert_running(machine, files_before=None):
     assert_unharmed(machine.pid, files_before)
 
 
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1 << 1, 1 << 2
+
+
+def assert_unprivileged(pid, kept=0):
+    """No thread of it has a capability but those, nor can get one."""
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        status = dict(re.findall(r"^(\w+):\s*(\S+)", (task / "status").read_text(), re.M))
+        for name in ("CapEff", "CapPrm", "CapBnd"):
+            assert int(status[name], 16) == kept, f"{name} of {task}: {status[name]}"
+        for name in ("CapInh", "CapAmb"):
+            assert int(status[name], 16) == 0, f"{name} of {task}: {status[name]}"
+        assert status["NoNewPrivs"] == "1"
+
+
 def assert_only(folder, *names):
     """Nothing else is in a directory: no temporary file stayed."""
     found = sorted(entry.name for entry in pathlib.Path(folder).iterdir())

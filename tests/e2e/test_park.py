@@ -377,6 +377,7 @@ def test_page_server_killed_while_it_is_parked(world):
     """The guest, resumed, waits; and a new server goes on, as often as it takes."""
     guest = victims.OrderedGuest(world)
     run_dir, _, done = park(world, guest)
+    checks.assert_unprivileged(done["server_pid"])
     system.kill(done["server_pid"])
     world.vmsnap("restore", "--reattach", run_dir).expect("ok")
     guest.qmp("cont")
@@ -390,6 +391,24 @@ def test_page_server_killed_while_it_is_parked(world):
     world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
     wait_for_end(world, run_dir)
     victims.check_ordered_live(world, guest)
+    checks.assert_running(guest)
+
+
+def test_the_closer_killed_while_it_is_parked(world):
+    """Who is to let go of the VM at the end is gone: it has its memory, and says so."""
+    guest = victims.OrderedGuest(world)
+    run_dir, _, done = park(world, guest)
+    children = pathlib.Path(f"/proc/{done['server_pid']}/task/{done['server_pid']}/children")
+    closer = int(children.read_text())
+    assert pathlib.Path(f"/proc/{closer}/comm").read_text() == "snapcloser\n"
+    system.kill(closer)
+    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
+    harness.wait_until(lambda: not world.vmsnap_processes(), "its end")
+    assert record(run_dir)["phase"] == "filled"
+    assert "cannot" in (run_dir / "vmsnap.log").read_text()
+    victims.check_ordered_live(world, guest)
+    world.vmsnap("restore", "--reattach", run_dir).expect("ok")
+    assert record(run_dir)["phase"] == "complete"
     checks.assert_running(guest)
 
 

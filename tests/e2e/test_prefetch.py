@@ -131,6 +131,32 @@ def test_a_recorded_working_set_is_loaded_next_time(world, image):
     assert second["faults"] < first["faults"] / 10
 
 
+@pytest.mark.parametrize("owner", [0, 65534], ids=["ours", "of-another"])
+def test_a_server_in_the_background_has_no_privileges(world, image, owner):
+    """And does all that it must: read the image, write beside it, let go of the VM."""
+    folder = world.directory("images")
+    moved = folder / "vm.img"
+    image.rename(moved)
+    for path in (folder, moved):
+        os.chmod(path, 0o700 if path is folder else 0o600)
+        os.chown(path, owner, -1)
+    run_dir = world.path("run")
+    world.vmsnap("restore", moved, "--run-dir", run_dir, "--record-working-set",
+                 "--detach").expect("ok")
+    copy = qemu.restored(run_dir)
+    copy.wait_for_progress()
+    server = restore_json(run_dir)["server_pid"]
+    checks.assert_unprivileged(
+        server, checks.CAP_DAC_OVERRIDE | checks.CAP_DAC_READ_SEARCH if owner else 0)
+    os.kill(server, signal.SIGTERM)
+    harness.wait_until(lambda: not world.vmsnap_processes(), "its end")
+    assert len(recorded(folder / "vm.img.working-set")) > 0
+    world.vmsnap("restore", "--reattach", run_dir, "--prefetch", "all", "--detach").expect("ok")
+    harness.wait_until(lambda: restore_json(run_dir)["phase"] == "complete", "all of its memory")
+    harness.wait_until(lambda: not world.vmsnap_processes(), "its end")
+    checks.assert_running(copy)
+
+
 def test_a_killed_recorder_is_taken_over(world, image):
     """The pages before stay known, if not their order; SIGTERM writes."""
     record = image.with_name(image.name + ".working-set")
