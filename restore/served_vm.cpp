@@ -190,16 +190,42 @@ Result<UffdCloser> give_up_privileges(const ServedVm& vm) {
   return closer;
 }
 
+void listen_to_snapshots(ServedVm& vm) {
+  if (vm.requests.fd() >= 0) return;
+  auto requests = FillRequests::listen(vm.process);
+  if (requests) {
+    vm.requests = *std::move(requests);
+  } else {
+    log_warning("{}", requests.error().message());
+  }
+}
+
+// Somebody snapshots the VM: all is loaded then, whatever was wished at first.
+// By a new page server: faults wait for the millisecond in between.
+void fill_if_asked(ServedVm& vm, std::unique_ptr<Serving>& serving) {
+  if (vm.requests.fd() < 0 || !vm.requests.answer(FillAnswer::comes)) return;
+  if (vm.record.prefetch == Prefetch::all) return;
+  const Result<ServeEnd> end = serving->stop();
+  if (!end || *end != ServeEnd::stopped) return;
+  log_info("a snapshot is wanted: all pages are loaded");
+  vm.record.prefetch = Prefetch::all;
+  const Status written = vm.dir.write(vm.record);
+  if (!written) log_warning("{}", written.error().message());
+  serving = Serving::start(vm);
+  serving->begin_fill();
+}
+
 volatile sig_atomic_t told_to_end = 0;
 
 // Returns when the VM is to be unparked, or the serving has ended.
 void wait_for_unpark(ServedVm& vm, const Serving& serving) {
   for (;;) {
-    pollfd word = {vm.control.get(), POLLIN, 0};
+    pollfd words[] = {{vm.control.get(), POLLIN, 0}, {vm.requests.fd(), POLLIN, 0}};
     // Now and then, whether the VM is still there.
-    const int ready = ::poll(&word, 1, 500);
+    const int ready = ::poll(words, std::size(words), 500);
     if (serving.ended()) return;
-    if (ready > 0 && word.revents) break;
+    if (ready > 0 && words[0].revents) break;
+    if (ready > 0 && words[1].revents) vm.requests.answer(FillAnswer::parked);
   }
   vm.control.reset();
   VMSNAP_TEST_POINT("unpark.told");
@@ -236,10 +262,14 @@ Result<pid_t> serve_in_background(ServedVm& vm) {
     log_line(LogLevel::error, closer.error().message());
     ::_exit(exit_status(closer.error().code()));
   }
-  const auto serving = Serving::start(vm);
+  listen_to_snapshots(vm);
+  auto serving = Serving::start(vm);
   if (vm.record.phase == RestorePhase::parked) wait_for_unpark(vm, *serving);
   serving->begin_fill();
-  while (!serving->ended() && !told_to_end) ::usleep(50000);
+  while (!serving->ended() && !told_to_end) {
+    fill_if_asked(vm, serving);
+    ::usleep(50000);
+  }
   const Result<ServeEnd> end = serving->stop();
   const Status concluded =
       conclude(vm, end, serving->counters(), [&] { return closer->close(); });
@@ -257,9 +287,11 @@ Status serve_to_end(ServedVm& vm, std::unique_ptr<Serving> serving, const ServeM
                     CommandContext& context) {
   // The guest runs by now: it comes before any loading ahead.
   if (!manner.detach) serving->begin_fill();
+  listen_to_snapshots(vm);
   RestoreProgress progress(context);
   while (!manner.detach && !serving->ended() && !interrupted()) {
     ::usleep(20000);
+    fill_if_asked(vm, serving);
     progress.show(serving->counters(), vm.record.prefetch);
   }
   progress.clear();

@@ -13,6 +13,7 @@
 #include "restore/page_server.h"
 #include "restore/run_dir.h"
 #include "restore/working_set_recorder.h"
+#include "snap/vmm/fill_request.h"
 #include "snap/vmm/process.h"
 #include "snap/vmm/uffd.h"
 
@@ -27,6 +28,7 @@ struct ServedVm {
   PageMarks marks;
   std::unique_ptr<WorkingSetRecorder> recorder = nullptr;  // if the record says so
   Fd control = {};  // DIR/control, while it is parked
+  FillRequests requests = {};  // of snapshots
 };
 
 // The features that a restore asks of userfaultfd(2) here: page_server_features,
@@ -71,7 +73,8 @@ struct ServeManner {
 // ErrorCode::interrupted if it was a signal. ErrorCode::poisoned when pages
 // could not be read back, ErrorCode::vm when the VM ended first; if the record
 // wants less than all pages loaded, its end is what is waited for. A recorded
-// working set is written in any case.
+// working set is written in any case. A snapshot of the VM that asks for all
+// pages (fill_request.h) changes what is loaded to `all`.
 Status serve_to_end(ServedVm& vm, std::unique_ptr<Serving> serving, const ServeManner& manner,
                     CommandContext& context);
 

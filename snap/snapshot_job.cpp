@@ -1,11 +1,13 @@
 #include "snap/snapshot_job.h"
 
 #include <thread>
+#include <utility>
 
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/test_point.h"
 #include "snap/memory_budget.h"
+#include "snap/vmm/fill_request.h"
 #include "snap/vmm/handover.h"
 #include "snap/vmm/preflight.h"
 
@@ -20,7 +22,14 @@ using Clock = std::chrono::steady_clock;
 Status SnapshotJob::wait_for_restore(const std::vector<MemoryBlock>& blocks) const {
   constexpr std::chrono::milliseconds step{100};
   const Clock::time_point deadline = Clock::now() + options_.restore_wait;
+  bool asked = false;
   while (Clock::now() < deadline && VMSNAP_TRY(is_watched(process_, blocks))) {
+    VMSNAP_CHECK(check_not_clone(process_, blocks));
+    if (!std::exchange(asked, true) && ask_for_fill(process_) == FillAnswer::parked) {
+      return tl::unexpected(Error(ErrorCode::refused, process_.describe() + " is parked")
+                                .with_remedy("Its memory is in the image that park made. To take "
+                                             "another, unpark it first."));
+    }
     progress_(SnapshotPhase::waiting_for_restore, nullptr);
     std::this_thread::sleep_for(step);
     VMSNAP_CHECK(check_interrupted());

@@ -12,18 +12,8 @@
 
 namespace vmsnap {
 
-namespace {
-
-constexpr const char* memory_name = "vmsnap-clones";
-
-bool is_shared_memory(const Mapping& mapping) {
-  return mapping.path.starts_with(fmt::format("/memfd:{}", memory_name));
-}
-
-}  // namespace
-
 Result<SharedMemory> SharedMemory::create(uint64_t pages) {
-  Fd fd(::memfd_create(memory_name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  Fd fd(::memfd_create(clone_memory_name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd) return fail_errno(errno, "cannot make a file in memory");
   // Nobody opens it anew for writing but root; nobody changes its size.
   if (::ftruncate(fd.get(), static_cast<off_t>(pages * page_size)) < 0 ||
@@ -36,7 +26,7 @@ Result<SharedMemory> SharedMemory::create(uint64_t pages) {
 
 Result<SharedMemory> SharedMemory::of_clone(const Process& clone, uint64_t pages) {
   for (const Mapping& mapping : VMSNAP_TRY(read_memory_map_quick(clone))) {
-    if (!is_shared_memory(mapping)) continue;
+    if (!mapping.of_clone()) continue;
     Fd fd = VMSNAP_TRY(open_mapped_file(clone, mapping, O_RDWR));
     struct stat about = {};
     if (::fstat(fd.get(), &about) < 0) return fail_errno(errno, "cannot look at shared memory");
@@ -56,7 +46,7 @@ Result<Fd> SharedMemory::open_for_clone() const {
 Result<CloneMemory> clone_memory(const Process& clone) {
   CloneMemory sum;
   for (const Mapping& mapping : VMSNAP_TRY(read_memory_map(clone))) {
-    if (!is_shared_memory(mapping)) continue;
+    if (!mapping.of_clone()) continue;
     sum.mapped += mapping.range.length;
     sum.shared += mapping.resident - std::min(mapping.resident, mapping.anonymous);
     sum.proportional += mapping.proportional;

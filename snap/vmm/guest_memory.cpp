@@ -64,6 +64,18 @@ Result<bool> is_watched(const Process& process, const std::vector<MemoryBlock>& 
   return false;
 }
 
+Status check_not_clone(const Process& process, const std::vector<MemoryBlock>& blocks) {
+  const std::vector<Mapping> mappings = VMSNAP_TRY(read_memory_map_quick(process));
+  for (const MemoryBlock& block : blocks) {
+    for (const Mapping& mapping : VMSNAP_TRY(mappings_of(mappings, block.range))) {
+      if (!mapping.of_clone()) continue;
+      return refuse(process, block, "is that of a clone",
+                    "Clones cannot be snapshotted. Restore the image without --clones for a VM that can.");
+    }
+  }
+  return {};
+}
+
 Result<GuestMemory> map_guest_memory(const Process& process, std::vector<MemoryBlock> blocks) {
   const std::vector<Mapping> mappings = VMSNAP_TRY(read_memory_map(process));
   GuestMemory memory;

@@ -50,6 +50,8 @@ struct GuestMemory {
 // Whether somebody else's userfaultfd watches some of it: a lazy restore, a
 // snapshot, a migration.
 Result<bool> is_watched(const Process& process, const std::vector<MemoryBlock>& blocks);
+// ErrorCode::refused for a clone: its page server never ends before it.
+Status check_not_clone(const Process& process, const std::vector<MemoryBlock>& blocks);
 
 // Numbers the pages of `blocks` through (first_page is set here) and looks up
 // what is behind them. ErrorCode::refused, naming block and reason, for memory

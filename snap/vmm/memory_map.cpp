@@ -12,6 +12,10 @@
 
 namespace vmsnap {
 
+bool Mapping::of_clone() const {
+  return path.starts_with(fmt::format("/memfd:{}", clone_memory_name));
+}
+
 bool Mapping::has_flag(std::string_view flag) const {
   return std::find(flags.begin(), flags.end(), flag) != flags.end();
 }

@@ -40,7 +40,11 @@ struct Mapping {
   Backing backing = Backing::other;
 
   bool has_flag(std::string_view flag) const;
+  bool of_clone() const;
 };
+
+// The memfd that clones share: how a VM is known to be one.
+constexpr const char* clone_memory_name = "vmsnap-clones";
 
 // All mappings with flags and backing, in address order. Costs a walk over the
 // page tables of the process (smaps): not for use inside a pause.

@@ -77,6 +77,8 @@ CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1 << 1, 1 << 2
 
 def assert_unprivileged(pid, kept=0):
     """No thread of it has a capability but those, nor can get one."""
+    own = pathlib.Path(f"/proc/{pid}/status")
+    harness.wait_until(lambda: "NoNewPrivs:\t1" in own.read_text(), f"{pid} to begin to serve")
     for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
         status = dict(re.findall(r"^(\w+):\s*(\S+)", (task / "status").read_text(), re.M))
         for name in ("CapEff", "CapPrm", "CapBnd"):

@@ -398,9 +398,11 @@ def test_the_closer_killed_while_it_is_parked(world):
     """Who is to let go of the VM at the end is gone: it has its memory, and says so."""
     guest = victims.OrderedGuest(world)
     run_dir, _, done = park(world, guest)
-    children = pathlib.Path(f"/proc/{done['server_pid']}/task/{done['server_pid']}/children")
-    closer = int(children.read_text())
-    assert pathlib.Path(f"/proc/{closer}/comm").read_text() == "snapcloser\n"
+    server = pathlib.Path(f"/proc/{done['server_pid']}/task/{done['server_pid']}")
+    checks.assert_unprivileged(done["server_pid"])
+    closer = int((server / "children").read_text())
+    harness.wait_until(lambda: pathlib.Path(f"/proc/{closer}/comm").read_text() == "snapcloser\n",
+                       "the closer to be ready")
     system.kill(closer)
     world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
     harness.wait_until(lambda: not world.vmsnap_processes(), "its end")
@@ -409,6 +411,19 @@ def test_the_closer_killed_while_it_is_parked(world):
     victims.check_ordered_live(world, guest)
     world.vmsnap("restore", "--reattach", run_dir).expect("ok")
     assert record(run_dir)["phase"] == "complete"
+    checks.assert_running(guest)
+
+
+def test_a_parked_vm_is_not_snapshotted(world):
+    """And is told so at once, not after --restore-wait."""
+    guest = victims.OrderedGuest(world)
+    run_dir, _, _ = park(world, guest)
+    refused = world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", world.path("x.img"),
+                           "--restore-wait", 3 * harness.LIMIT).expect("refused")
+    assert "parked" in refused.err
+    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
+    wait_for_end(world, run_dir)
+    victims.check_ordered_live(world, guest)
     checks.assert_running(guest)
 
 

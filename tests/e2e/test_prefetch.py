@@ -131,6 +131,31 @@ def test_a_recorded_working_set_is_loaded_next_time(world, image):
     assert second["faults"] < first["faults"] / 10
 
 
+@pytest.mark.parametrize("detach", [False, True], ids=["foreground", "background"])
+@pytest.mark.parametrize("options", [["--prefetch", "none"], ["--prefetch", "working-set"],
+                                     ["--record-working-set"]], ids=lambda words: words[-1])
+def test_a_snapshot_asks_for_all_pages(world, image, options, detach):
+    """Of a VM whose server would never load them by itself."""
+    run_dir = world.path("run")
+    if detach:
+        world.vmsnap("restore", image, "--run-dir", run_dir, *options, "--detach").expect("ok")
+        copy = qemu.restored(run_dir)
+    else:
+        run, copy = start(world, image, run_dir, *options)
+    second = world.path("second.img")
+    world.vmsnap("snapshot", "--qmp", copy.qmp_socket, "--output", second).expect("ok")
+    victims.check_ordered_image(world, second)
+    if detach:
+        harness.wait_until(lambda: not world.vmsnap_processes(), "its end")
+    else:
+        run.wait().expect("ok")
+    assert restore_json(run_dir)["phase"] == "complete"
+    if options == ["--record-working-set"]:
+        assert len(recorded(image.with_name(image.name + ".working-set"))) > 0
+    victims.check_ordered_live(world, copy)
+    checks.assert_running(copy)
+
+
 @pytest.mark.parametrize("owner", [0, 65534], ids=["ours", "of-another"])
 def test_a_server_in_the_background_has_no_privileges(world, image, owner):
     """And does all that it must: read the image, write beside it, let go of the VM."""
