@@ -149,7 +149,7 @@ void add_snapshot_command(CLI::App& app, CommandContext& context) {
                   ->type_name("SOCKET");
   auto* pid = command->add_option("--pid", arguments->pid, "Process whose memory to snapshot")
                   ->type_name("PID")
-                  ->check(CLI::PositiveNumber)
+                  ->check(CLI::Range(1, 1 << 22))
                   ->excludes(qmp);
   auto* range = command->add_option("--range", arguments->ranges, "Addresses in it, hexadecimal (repeatable)")
                     ->type_name("START-END")
