@@ -14,7 +14,7 @@ import victims
 
 POINTS = re.findall(r'std::string_view\("([\w.]+)"\)',
                     (harness.SOURCE / "formats/test_point.h").read_text())
-# Those of a store are walked in test_store_kill.py, those of parking in test_park.py.
+# Those of a store are walked in test_store_kill.py, those of parking in test_park_kill.py.
 SNAPSHOT_POINTS = [point for point in POINTS
                    if not point.startswith(("restore.", "store.", "prune.", "repack.", "repair.",
                                             "park.", "unpark."))]

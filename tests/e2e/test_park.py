@@ -1,6 +1,5 @@
 """A parked VM takes no memory, waits, and is the same afterwards, byte by byte."""
 
-import json
 import pathlib
 import re
 import signal
@@ -12,55 +11,7 @@ import harness
 import qemu
 import system
 import victims
-
-POINTS = re.findall(r'std::string_view\("([\w.]+)"\)',
-                    (harness.SOURCE / "formats/test_point.h").read_text())
-
-
-def park(world, guest, *arguments, env=None, image=None):
-    """Returns (run directory, image, what it printed)."""
-    run_dir, image = world.path("run"), image or world.path("vm.img")
-    done = world.vmsnap("park", "--qmp", guest.qmp_socket, "--output", image, "--run-dir", run_dir,
-                        "--json", *arguments, env=env).expect("ok").json
-    return run_dir, image, done
-
-
-def record(run_dir):
-    return json.loads((pathlib.Path(run_dir) / "restore.json").read_text())
-
-
-def resident_kib(pid, run_dir):
-    """How much of the ranges in restore.json is resident, in KiB."""
-    ranges = [(int(r["host"]), int(r["host"]) + int(r["length"])) for r in record(run_dir)["ranges"]]
-    total, inside = 0, False
-    for line in pathlib.Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-        if found:
-            start, end = (int(word, 16) for word in found.groups())
-            inside = any(start < stop and end > begin for begin, stop in ranges)
-        elif inside and line.startswith("Rss:"):
-            total += int(line.split()[1])
-    return total
-
-
-def memory_of(pid, run_dir):
-    return [qemu.read_memory(pid, int(r["host"]), int(r["length"]))
-            for r in record(run_dir)["ranges"]]
-
-
-def check_ordered_by_touch(world, guest):
-    """The oracle's look at a parked guest, through QEMU, which touches every page.
-    (What /proc/PID/mem finds missing it does not wait for.)"""
-    ram = world.path("ram.raw")
-    start, end = victims.ORDERED_START, victims.ORDERED_END
-    guest.qmp("pmemsave", val=start, size=end - start, filename=str(ram))
-    victims.check_ordered(ram)
-
-
-def wait_for_end(world, run_dir):
-    """Until the page server has let go of the VM."""
-    harness.wait_until(lambda: not world.vmsnap_processes(), "the page server to end")
-    assert record(run_dir)["phase"] == "complete", record(run_dir)
+from parked import memory_of, park, record, resident_kib, wait_for_end, wait_for_phase
 
 
 @pytest.mark.parametrize("ram", ["anon", "memfd", "file", "two-backends", "vga"])
@@ -305,115 +256,6 @@ def test_a_wrong_image(world):
 
 
 # Killed up to here, the VM runs on by itself.
-GUARDED = ["park.start", "attach.created", "pause.stopped", "pause.armed", "copy.half",
-           "store.packs_synced", "store.manifest_synced", "store.manifest_renamed", "store.indexed"]
-# Afterwards it waits for who takes over.
-WAITING = [point for point in POINTS if point.startswith("park.") and point != "park.start"]
-
-
-@pytest.mark.parametrize("point", GUARDED)
-def test_killed_before_the_image_is_there(shared_world, guest, point):
-    run_dir = shared_world.path("run")
-    result = shared_world.vmsnap("park", "--qmp", guest.qmp_socket, "--store",
-                                 shared_world.path("store"), "--run-dir", run_dir,
-                                 env={"VMSNAP_KILL_AT": point})
-    assert result.code == -signal.SIGKILL, f"never got to {point}: {result}"
-    checks.assert_running(guest)
-    said = shared_world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
-    assert "not been parked" in said.out
-    checks.assert_running(guest)
-    victims.check_ordered_live(shared_world, guest)
-
-
-@pytest.mark.parametrize("way", ["unpark", "reattach"])
-@pytest.mark.parametrize("point", WAITING)
-def test_killed_on_the_way(world, point, way):
-    ram = "two-backends" if way == "unpark" and point != "park.removing" else "anon"
-    guest = victims.OrderedGuest(world, ram=ram)
-    run_dir, image = world.path("run"), world.path("vm.img")
-    result = world.vmsnap("park", "--qmp", guest.qmp_socket, "--output", image, "--run-dir",
-                          run_dir, env={"VMSNAP_KILL_AT": point})
-    assert result.code == -signal.SIGKILL, f"never got to {point}: {result}"
-    if way == "reattach":
-        world.vmsnap("restore", "--reattach", run_dir).expect("ok")
-        if point != "park.captured":
-            assert record(run_dir)["phase"] == "parked"
-            assert guest.status() == "paused"
-            check_ordered_by_touch(world, guest)
-    if way == "unpark" or point != "park.captured":
-        world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
-    wait_for_end(world, run_dir)
-    victims.check_ordered_live(world, guest)
-    checks.assert_running(guest)
-
-
-@pytest.mark.parametrize("point", ["unpark.told", "restore.half", "restore.filled"])
-def test_page_server_killed_after_unpark(world, point):
-    guest = victims.OrderedGuest(world)
-    run_dir, _, _ = park(world, guest, env={"VMSNAP_KILL_AT": point})
-    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
-    if point != "unpark.told":  # there, unpark itself has taken over
-        harness.wait_until(lambda: not world.vmsnap_processes(), f"the death at {point}")
-        world.vmsnap("restore", "--reattach", run_dir).expect("ok")
-    wait_for_end(world, run_dir)
-    victims.check_ordered_live(world, guest)
-    checks.assert_running(guest)
-
-
-def test_unpark_killed(world):
-    """The VM runs, and its server goes on bringing what is touched."""
-    guest = victims.OrderedGuest(world)
-    run_dir, _, _ = park(world, guest)
-    result = world.vmsnap("unpark", "--run-dir", run_dir, env={"VMSNAP_KILL_AT": "unpark.resumed"})
-    assert result.code == -signal.SIGKILL
-    guest.wait_for_progress()
-    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
-    wait_for_end(world, run_dir)
-    victims.check_ordered_live(world, guest)
-    checks.assert_running(guest)
-
-
-def test_page_server_killed_while_it_is_parked(world):
-    """The guest, resumed, waits; and a new server goes on, as often as it takes."""
-    guest = victims.OrderedGuest(world)
-    run_dir, _, done = park(world, guest)
-    checks.assert_unprivileged(done["server_pid"])
-    system.kill(done["server_pid"])
-    world.vmsnap("restore", "--reattach", run_dir).expect("ok")
-    guest.qmp("cont")
-    guest.wait_for_progress()
-    system.kill(record(run_dir)["server_pid"])
-    world.vmsnap("restore", "--reattach", run_dir).expect("ok")
-    guest.qmp("stop")
-    check_ordered_by_touch(world, guest)
-    guest.qmp("cont")
-    system.kill(record(run_dir)["server_pid"])
-    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
-    wait_for_end(world, run_dir)
-    victims.check_ordered_live(world, guest)
-    checks.assert_running(guest)
-
-
-def test_the_closer_killed_while_it_is_parked(world):
-    """Who is to let go of the VM at the end is gone: it has its memory, and says so."""
-    guest = victims.OrderedGuest(world)
-    run_dir, _, done = park(world, guest)
-    server = pathlib.Path(f"/proc/{done['server_pid']}/task/{done['server_pid']}")
-    checks.assert_unprivileged(done["server_pid"])
-    closer = int((server / "children").read_text())
-    harness.wait_until(lambda: pathlib.Path(f"/proc/{closer}/comm").read_text() == "snapcloser\n",
-                       "the closer to be ready")
-    system.kill(closer)
-    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
-    harness.wait_until(lambda: not world.vmsnap_processes(), "its end")
-    assert record(run_dir)["phase"] == "filled"
-    assert "cannot" in (run_dir / "vmsnap.log").read_text()
-    victims.check_ordered_live(world, guest)
-    world.vmsnap("restore", "--reattach", run_dir).expect("ok")
-    assert record(run_dir)["phase"] == "complete"
-    checks.assert_running(guest)
-
-
 def test_a_parked_vm_is_not_snapshotted(world):
     """And is told so at once, not after --restore-wait."""
     guest = victims.OrderedGuest(world)
@@ -450,8 +292,3 @@ def test_two_take_turns(world):
     assert group.kills() == 0
     for guest in run_dirs:
         assert harness.is_running(guest.pid)
-
-
-def wait_for_phase(run_dir, phase):
-    harness.wait_until(lambda: record(run_dir)["phase"] == phase,
-                       f"{phase}, from {record(run_dir)['phase']}")
