@@ -149,10 +149,10 @@ class LinuxGuest(qemu.Qemu):
     """Debian's kernel with linux_guest.py's init; ready means that it has ticked
     and checked its memory once."""
 
-    def __init__(self, world, ram="anon", check_mib=8, **options):
+    def __init__(self, world, ram="anon", check_mib=8, with_agent=False, **options):
         # Copies, which an unprivileged QEMU can read wherever our source lies.
         folder = world.directory("boot")
-        boot = linux_guest.boot_arguments(check_mib)
+        boot = linux_guest.boot_arguments(check_mib, with_agent)
         for place in (1, 3):
             boot[place] = shutil.copy(boot[place], folder)
             os.chmod(boot[place], 0o644)
