@@ -22,16 +22,11 @@ def image_of_a_guest(world, mib):
 def assert_runs_the_other_task(machine):
     """It waits for a page, and works: the second task counts up, again and again.
     Returns its console."""
-    def waits():
+    def works():
         text = machine.serial_text()
-        return text if text.rstrip("w").endswith("[") else None
-    before = harness.wait_until(waits, "the guest to be told of a page that is not present")
-
-    def later():
-        text = machine.serial_text()
-        assert set(text[len(before):]) <= {"w"}, "the page came from nowhere"
-        return text if len(text) >= len(before) + 20 else None
-    text = harness.wait_until(later, f"the second task; the console ends {before[-20:]!r}")
+        return text if re.search(r"\[w{20,}$", text) else None
+    text = harness.wait_until(
+        works, f"the second task; the console ends {machine.serial_text()[-40:]!r}")
     assert machine.status() == "running"
     return text
 
@@ -44,7 +39,6 @@ def assert_first_task_goes_on(machine, before):
         return text if text.endswith("...") else None
     text = harness.wait_until(passed, "passes over all pages")
     assert re.match(r"w*\]", text[len(before):]), f"after the wait: {text[len(before):][:40]!r}"
-    assert text.count("[") == text.count("]")
 
 
 def test_captured(world):
@@ -52,7 +46,7 @@ def test_captured(world):
     guest = victims.AsyncFaultGuest(world, mib=64)
     image = world.path("vm.img")
     snapshot = world.start_vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", image,
-                                  *harness.PATIENT, env={"VMSNAP_STOP_AT": "copy.first_fault"})
+                                  *harness.PATIENT, env={"VMSNAP_STOP_AT": "copy.half"})
     snapshot.wait_stopped()
     console = assert_runs_the_other_task(guest)
     snapshot.signal(signal.SIGCONT)
@@ -75,7 +69,7 @@ def test_restored(world):
 def test_clones(world):
     """Each waits for itself. Memory enough that both are still at it when the
     page server is stopped."""
-    image = image_of_a_guest(world, mib=512)
+    image = image_of_a_guest(world, mib=256)
     farm = world.path("farm")
     started = world.vmsnap("restore", image, "--clones", 2, "--run-dir", farm, "--prefetch", "none",
                            "--detach", "--json").expect("ok").json

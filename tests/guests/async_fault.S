@@ -34,7 +34,7 @@
 
         .set    PML4, 0x10000           # and a table of each level behind it
         .set    IDT, 0x13000
-        .set    STACK_ONE, 0x15000      # of the kernel, for each task
+        .set    STACK_ONE, 0x15800      # of the kernel, for each task, in one page
         .set    STACK_TWO, 0x16000
 
         .set    KERNEL_CODE, 0x08
