@@ -42,8 +42,9 @@ def assert_first_task_goes_on(machine, before):
 
 
 def test_captured(world):
-    """A write to a page that is not yet copied waits in the same way."""
-    guest = victims.AsyncFaultGuest(world, mib=64)
+    """A write to a page that is not yet copied waits in the same way. Memory
+    enough that much of it is left when the copying is stopped."""
+    guest = victims.AsyncFaultGuest(world, mib=512)
     image = world.path("vm.img")
     snapshot = world.start_vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", image,
                                   *harness.PATIENT, env={"VMSNAP_STOP_AT": "copy.half"})
