@@ -167,7 +167,8 @@ set_gate:
         addq    $16, %rdi
         ret
 
-# rax: where. No stack, no rbx, no rdx. Interrupts on, as KVM wants it for an asynchronous page fault.
+# rax: where. Tasks use no stack and neither rbx nor rdx, which handlers change.
+# Interrupts are on, as KVM wants it for an asynchronous page fault.
 start_task:
         pushq   $USER_DATA
         pushq   $0
