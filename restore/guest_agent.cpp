@@ -30,10 +30,11 @@ class AgentLink {
     return {};
   }
 
-  Status send(const nlohmann::json& command) const {
-    const std::string text = command.dump() + "\n";
-    return write_all(socket_.get(), std::as_bytes(std::span(text)), path_);
-  }
+  // 0xff is no part of JSON: the agent forgets the half command that somebody
+  // before us may have left it with. It answers that with an error.
+  Status discard_former() const { return send("\xff"); }
+
+  Status send_command(const nlohmann::json& command) const { return send(command.dump() + "\n"); }
 
   // The next line that is a JSON object; what a former conversation left over
   // may be cut short.
@@ -54,6 +55,10 @@ class AgentLink {
   }
 
  private:
+  Status send(const std::string& text) const {
+    return write_all(socket_.get(), std::as_bytes(std::span(text)), path_);
+  }
+
   Status receive() {
     const auto left =
         std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - Clock::now()).count();
@@ -99,19 +104,22 @@ std::optional<std::string> guest_agent_socket(std::span<const std::string> argum
 Status set_guest_clock(const std::string& socket_path, std::chrono::milliseconds limit) {
   AgentLink agent(socket_path, Clock::now() + limit);
   VMSNAP_CHECK(agent.connect());
-  // The agent may still have half a command of somebody else's in its buffer.
+  VMSNAP_CHECK(agent.discard_former());
   const int64_t mark = Clock::now().time_since_epoch().count() & 0x7fffffff;
-  VMSNAP_CHECK(agent.send({{"execute", "guest-sync-delimited"}, {"arguments", {{"id", mark}}}}));
+  VMSNAP_CHECK(
+      agent.send_command({{"execute", "guest-sync-delimited"}, {"arguments", {{"id", mark}}}}));
   while (VMSNAP_TRY(agent.next_object()).value("return", nlohmann::json()) != mark) {
   }
   const int64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(
                           std::chrono::system_clock::now().time_since_epoch())
                           .count();
-  VMSNAP_CHECK(agent.send({{"execute", "guest-set-time"}, {"arguments", {{"time", now}}}}));
+  VMSNAP_CHECK(agent.send_command({{"execute", "guest-set-time"}, {"arguments", {{"time", now}}}}));
   const nlohmann::json answer = VMSNAP_TRY(agent.next_object());
   const auto error = answer.find("error");
   if (error == answer.end()) return {};
-  return fail(ErrorCode::vm, "the guest agent did not set the clock: {}", error->dump());
+  return fail(ErrorCode::vm,
+              "the guest agent, which needs /sbin/hwclock in the guest, did not set the clock: {}",
+              error->dump());
 }
 
 }  // namespace vmsnap

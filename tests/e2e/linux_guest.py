@@ -20,10 +20,12 @@ import tempfile
 CACHE = pathlib.Path(__file__).resolve().parents[1] / "cache"
 META_PACKAGE = "linux-image-cloud-amd64"
 
+AGENT_PACKAGE = "qemu-guest-agent"
+
 # In this order; for a balloon, which gives guest memory back while the VM runs,
-# and for the disk of tests/bench/debian_guest.py.
+# for the disk of tests/bench/debian_guest.py, and for the guest agent's channel.
 MODULES = ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
-           "virtio_pci", "virtio_balloon", "virtio_blk"]
+           "virtio_pci", "virtio_balloon", "virtio_blk", "virtio_console"]
 
 INIT = """#!/bin/sh
 # The only process tree of the guest.
@@ -48,6 +50,21 @@ done
     sleep 0.2
   done
 ) &
+
+# The guest agent, if it is here, and the clock that it sets.
+if [ -x /usr/sbin/qemu-ga ]; then
+  mkdir /sbin
+  ln -s /bin/hwclock /sbin/hwclock
+  for port in /sys/class/virtio-ports/*; do
+    if [ "$(cat $port/name)" = org.qemu.guest_agent.0 ]; then
+      /usr/sbin/qemu-ga -p /dev/${port##*/} -t /dev &
+    fi
+  done
+  while :; do
+    echo "clock $(date +%s)"
+    sleep 0.2
+  done &
+fi
 
 # A disk, if there is one, is read past the guest's page cache, so that the host
 # writes into guest memory, and must always be the same.
@@ -87,6 +104,21 @@ def _run(*command, **options):
     return subprocess.run(list(map(str, command)), check=True, **options)
 
 
+def _unpack(package, folder):
+    """Fetches a package and unpacks it below `folder`; returns where."""
+    # apt drops its privileges for a download, so the directory is open to it.
+    os.chmod(folder, 0o777)
+    try:
+        _run("apt-get", "-qq", "download", package, cwd=folder)
+    except subprocess.CalledProcessError:  # gone from the mirror since the lists came
+        _run("apt-get", "-qq", "update")
+        _run("apt-get", "-qq", "download", package, cwd=folder)
+    archive = next(pathlib.Path(folder).glob("*.deb"))
+    root = pathlib.Path(folder) / "root"
+    _run("dpkg-deb", "-x", archive, root)
+    return root
+
+
 def kernel():
     """The path of a Debian cloud kernel, from the cache or fetched; the modules
     lie beside it."""
@@ -101,17 +133,8 @@ def kernel():
     if not package:
         raise RuntimeError(f"apt knows no kernel below {META_PACKAGE}: {depends!r}; "
                            "run apt-get update")
-    # apt drops its privileges for a download, so the directory is open to it.
     with tempfile.TemporaryDirectory(prefix="vmsnap-kernel-") as folder:
-        os.chmod(folder, 0o777)
-        try:
-            _run("apt-get", "-qq", "download", package.group(1), cwd=folder)
-        except subprocess.CalledProcessError:  # gone from the mirror since the lists came
-            _run("apt-get", "-qq", "update")
-            _run("apt-get", "-qq", "download", package.group(1), cwd=folder)
-        archive = next(pathlib.Path(folder).glob("*.deb"))
-        _run("dpkg-deb", "-x", archive, f"{folder}/root")
-        root = pathlib.Path(folder) / "root"
+        root = _unpack(package.group(1), folder)
         part = pathlib.Path(tempfile.mkdtemp(prefix=".part-", dir=CACHE))
         part.chmod(0o755)
         shutil.copyfile(next(root.glob("boot/vmlinuz-*")), part / "vmlinuz")
@@ -124,14 +147,41 @@ def kernel():
     return final / "vmlinuz"
 
 
-def initramfs(mib=8):
-    """The path of an initramfs whose memory check uses a file of `mib` MiB."""
-    return pack(f"initramfs2-{mib}", INIT.replace("@MIB@", str(mib)))
+def agent():
+    """The path of qemu-ga, from the cache or fetched."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    final = CACHE / "qemu-ga"
+    if not final.exists():
+        with tempfile.TemporaryDirectory(prefix="vmsnap-agent-") as folder:
+            part = CACHE / f".qemu-ga.{os.getpid()}"
+            shutil.copy(_unpack(AGENT_PACKAGE, folder) / "usr/sbin/qemu-ga", part)
+            part.rename(final)
+    return final
 
 
-def pack(name, init):
-    """The path of an initramfs of busybox, the modules and `init`, in which
-    @MODULES@ becomes their names."""
+def libraries(program):
+    """What a program of this machine's Debian is loaded with, by absolute paths.
+    All that qemu-ga needs, qemu-system needs too."""
+    said = _run("ldd", program, stdout=subprocess.PIPE, text=True).stdout
+    if "not found" in said:
+        raise RuntimeError(f"{program} lacks libraries: {said}")
+    return [pathlib.Path(path) for path in re.findall(r"(/\S+) \(0x", said)]
+
+
+def initramfs(mib=8, with_agent=False):
+    """The path of an initramfs whose memory check uses a file of `mib` MiB; with
+    the guest agent it also prints its clock, in "clock SECONDS"."""
+    init = INIT.replace("@MIB@", str(mib))
+    if not with_agent:
+        return pack(f"initramfs2-{mib}", init)
+    files = {"usr/sbin/qemu-ga": agent()}
+    files.update((str(path).lstrip("/"), path) for path in libraries(agent()))
+    return pack(f"initramfs-agent-{mib}", init, files)
+
+
+def pack(name, init, files=None):
+    """The path of an initramfs of busybox, the modules, `files` (name in it ->
+    path) and `init`, in which @MODULES@ becomes the modules' names."""
     CACHE.mkdir(parents=True, exist_ok=True)
     target = CACHE / f"{name}.cpio.gz"
     busybox = shutil.which("busybox")
@@ -146,6 +196,9 @@ def pack(name, init):
         (root / "modules").mkdir()
         for module in MODULES:
             shutil.copy(kernel().parent / f"{module}.ko", root / "modules")
+        for inside, path in (files or {}).items():
+            (root / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / inside)
         (root / "init").write_text(init.replace("@MODULES@", " ".join(MODULES)))
         (root / "init").chmod(0o755)
         part = CACHE / f".{target.name}.{os.getpid()}"
@@ -158,15 +211,21 @@ def pack(name, init):
     return target
 
 
-def boot_arguments(mib=8):
+def boot_arguments(mib=8, with_agent=False):
     """What QEMU needs to boot it."""
-    return ["-kernel", str(kernel()), "-initrd", str(initramfs(mib)),
+    return ["-kernel", str(kernel()), "-initrd", str(initramfs(mib, with_agent)),
             "-append", "console=ttyS0 quiet panic=-1 rdinit=/init"]
 
 
 def ticks(console):
     """The last tick on a console's text; 0 before the first."""
     found = re.findall(r"^tick (\d+)\s*$", console, re.MULTILINE)
+    return int(found[-1]) if found else 0
+
+
+def clock(console):
+    """The last time of day on the console of a guest with the agent, in seconds."""
+    found = re.findall(r"^clock (\d+)\s*$", console, re.MULTILINE)
     return int(found[-1]) if found else 0
 
 

@@ -146,17 +146,17 @@ def read_memory(pid, address, length):
 
 
 class Qemu(Machine):
-    """A guest under TCG, started here. `boot` is a list of QEMU arguments that
-    gives it something to run."""
+    """A guest, under TCG if nothing else is said, started here. `boot` is a list
+    of QEMU arguments that gives it something to run."""
 
     def __init__(self, world, boot, ram="anon", mib=None, extra=(), unprivileged=False,
-                 second_monitor=False):
+                 second_monitor=False, accel="tcg"):
         self.folder = world.directory("qemu")
         arguments, default_mib = RAM_KINDS[ram]
         shm = pathlib.Path(f"/dev/shm/{world.folder.name}-{self.folder.name}")
         self.mib = mib or default_mib
         self.log = self.folder / "qemu.log"
-        command = ["qemu-system-x86_64", "-accel", "tcg", "-m", str(self.mib), "-nodefaults",
+        command = ["qemu-system-x86_64", "-accel", accel, "-m", str(self.mib), "-nodefaults",
                    "-display", "none", "-qmp", f"unix:{self.folder}/qmp.sock,server=on,wait=off",
                    "-serial", f"file:{self.folder}/serial.log",
                    *[word.format(shm=shm) for word in arguments], *boot, *extra]

@@ -43,6 +43,45 @@ class OrderedGuest(qemu.Qemu):
         self.wait_for_text("R.")
 
 
+class AsyncFaultGuest(qemu.Qemu):
+    """async_fault.S under KVM: two tasks, of which the second runs while a page
+    of the first is not there. Ready means that the first has passed over all of
+    its pages, those from 16 MiB to the end of memory."""
+
+    def __init__(self, world, mib):
+        harness.need(os.access("/dev/kvm", os.R_OK | os.W_OK), "kvm", "there is no /dev/kvm")
+        rom = build_rom(world.directory("boot"), end=mib << 20)
+        super().__init__(world, ["-cpu", "host", "-bios", str(rom)], mib=mib, accel="kvm")
+        self.wait_for_start()
+
+    def wait_for_start(self):
+        """Probes: a KVM that does not run it, or has no asynchronous page faults,
+        is a reason to skip."""
+        try:
+            harness.wait_until(lambda: self.serial_text() or not harness.is_running(self.pid),
+                               "a sign of the guest", limit=20)
+        except AssertionError:
+            harness.need(False, "kvm", "KVM does not run a guest of a few hundred instructions")
+        said = self.serial_text()[:1]
+        harness.need(said not in ("", "X"), "kvm",
+                     f"KVM does not run the guest: {said!r} {self.log.read_text()[-300:]}")
+        harness.need(said != "N", "kvm", "KVM offers no asynchronous page faults")
+        self.wait_for_text("R.")
+
+
+def build_rom(folder, start=ORDERED_START, end=ORDERED_END):
+    """Assembles tests/guests/async_fault.S into a ROM."""
+    source = harness.SOURCE / "tests/guests/async_fault.S"
+    image = pathlib.Path(folder) / "rom.bin"
+    for command in (["as", "--64", "--defsym", f"START={start}", "--defsym", f"END={end}",
+                     "-o", f"{image}.o", source],
+                    ["ld", "-m", "elf_x86_64", "-Ttext=0x7c00", "--oformat", "binary",
+                     "-o", image, f"{image}.o"]):
+        subprocess.run(command, check=True)
+    assert image.stat().st_size == 65536
+    return image
+
+
 def check_ordered(raw, offset=0, start=ORDERED_START, end=ORDERED_END):
     """Asserts that a raw file is one instant; returns (edges, counter)."""
     good, said = harness.run_checker("check_ordered", raw, "--address", start, "--pages",
@@ -110,10 +149,10 @@ class LinuxGuest(qemu.Qemu):
     """Debian's kernel with linux_guest.py's init; ready means that it has ticked
     and checked its memory once."""
 
-    def __init__(self, world, ram="anon", check_mib=8, **options):
+    def __init__(self, world, ram="anon", check_mib=8, with_agent=False, **options):
         # Copies, which an unprivileged QEMU can read wherever our source lies.
         folder = world.directory("boot")
-        boot = linux_guest.boot_arguments(check_mib)
+        boot = linux_guest.boot_arguments(check_mib, with_agent)
         for place in (1, 3):
             boot[place] = shutil.copy(boot[place], folder)
             os.chmod(boot[place], 0o644)

@@ -11,7 +11,8 @@
 namespace vmsnap {
 namespace {
 
-// Answers each line with what `reply` says; "" ends the conversation.
+// Answers each line with what `reply` says; "" ends the conversation. As the real
+// one does, it has half a command from before, until 0xff makes an end of it.
 class FakeAgent {
  public:
   FakeAgent(std::string path, std::function<std::string(const nlohmann::json&)> reply)
@@ -23,11 +24,12 @@ class FakeAgent {
     EXPECT_EQ(::listen(listener_.get(), 1), 0);
     thread_ = std::thread([this, reply = std::move(reply)] {
       const Fd link(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
-      std::string line;
+      std::string line = "{\"execute\": \"guest-pi";
       for (char c; ::read(link.get(), &c, 1) == 1;) {
         line += c;
-        if (c != '\n') continue;
-        const std::string answer = reply(nlohmann::json::parse(line, nullptr, false));
+        if (c != '\n' && c != '\xff') continue;
+        const std::string answer = c == '\n' ? reply(nlohmann::json::parse(line, nullptr, false))
+                                             : "{\"error\": {\"desc\": \"JSON parse error\"}}\n";
         line.clear();
         if (answer.empty() || !write_all(link.get(), std::as_bytes(std::span(answer)), "x")) return;
       }
