@@ -6,6 +6,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <string>
 
@@ -15,6 +16,8 @@
 namespace vmsnap {
 
 namespace {
+
+constexpr std::chrono::milliseconds most_seldom_beat{50};
 
 // Everything the guard's process needs, and all it keeps.
 struct GuardProcess {
@@ -127,7 +130,7 @@ Result<Guard> Guard::start(const Qmp* qmp, std::optional<KsmPause>* ksm,
     guard.run();
     ::_exit(0);
   }
-  return Guard(std::move(writing), pid);
+  return Guard(std::move(writing), pid, std::min<Clock::duration>(stand_still_limit / 20, most_seldom_beat));
 }
 
 Guard::~Guard() {
@@ -135,6 +138,13 @@ Guard::~Guard() {
   pipe_.reset();
   while (::waitpid(pid_, nullptr, 0) < 0 && errno == EINTR) {
   }
+}
+
+void Guard::heartbeat() {
+  const Clock::time_point now = Clock::now();
+  if (now - last_beat_.load(std::memory_order_relaxed) < beat_every_) return;
+  last_beat_.store(now, std::memory_order_relaxed);
+  tell('H');
 }
 
 void Guard::tell(char what) const {

@@ -13,6 +13,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <chrono>
 #include <optional>
 
@@ -31,7 +32,11 @@ class Guard {
   static Result<Guard> start(const Qmp* qmp, std::optional<KsmPause>* ksm,
                              std::chrono::milliseconds stand_still_limit);
 
-  Guard(Guard&& other) noexcept : pipe_(std::move(other.pipe_)), pid_(std::exchange(other.pid_, 0)) {}
+  Guard(Guard&& other) noexcept
+      : pipe_(std::move(other.pipe_)),
+        pid_(std::exchange(other.pid_, 0)),
+        beat_every_(other.beat_every_),
+        last_beat_(other.last_beat_.load()) {}
   Guard& operator=(Guard&&) = delete;
   ~Guard();
 
@@ -39,15 +44,22 @@ class Guard {
   void pausing() { tell('P'); }    // before `stop` is sent
   void resumed() { tell('R'); }    // after `cont` was answered; the guard lets the monitor go
   void watching() { tell('W'); }   // memory is protected: heartbeats count from here
-  void heartbeat() { tell('H'); }
+  // As often as you like: each that is passed on wakes the guard, which would
+  // take a processor from whoever waits for a page, so few of them are.
+  void heartbeat();
   void unwatched() { tell('U'); }  // memory is free again
 
  private:
-  Guard(Fd pipe, pid_t pid) : pipe_(std::move(pipe)), pid_(pid) {}
+  using Clock = std::chrono::steady_clock;
+
+  Guard(Fd pipe, pid_t pid, Clock::duration beat_every)
+      : pipe_(std::move(pipe)), pid_(pid), beat_every_(beat_every) {}
   void tell(char what) const;
 
   Fd pipe_;
   pid_t pid_ = 0;
+  Clock::duration beat_every_;
+  std::atomic<Clock::time_point> last_beat_{};
 };
 
 }  // namespace vmsnap
