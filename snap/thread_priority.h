@@ -1,18 +1,20 @@
 // Who gets a processor first: the guest and those it waits for, then the rest.
 //
-// By nice values, which Linux keeps for each thread (setpriority(2), NOTES).
-// Raising one takes CAP_SYS_NICE, so nothing is changed unless we are root.
+// By nice values, which Linux keeps for each thread (setpriority(2), NOTES), and
+// SCHED_BATCH (sched(7)). Raising a nice value takes CAP_SYS_NICE, so none is
+// changed unless we are root.
 #pragma once
 
 namespace vmsnap {
 
-// The calling thread answers those who wait: it gets a processor as soon as it
-// wants one.
+// The calling thread answers those who wait: it is the first to get a processor
+// that is free.
 void prefer_this_thread();
 
 // The calling thread has much to do: it asks for short turns on a processor, so
 // that whoever wakes up there waits for a tenth of a millisecond, not for three
-// (sched_setattr(2), sched_runtime of SCHED_OTHER, Linux 6.12).
+// (sched_setattr(2), sched_runtime, Linux 6.12). Not if all of us is SCHED_IDLE
+// by the caller's wish.
 void take_short_turns();
 
 // While this lives, the calling thread has time.
