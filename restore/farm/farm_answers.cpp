@@ -61,9 +61,9 @@ Result<FarmServer::Answer> FarmServer::bring(const Fault& fault) {
   const Result<PageKind> kind = reader_.read_page(fault.page, bytes);
   if (!kind) return give_up(fault, kind.error());
   if (*kind == PageKind::zero) {
-    const Answer given = VMSNAP_TRY(give_zero(fault));
-    if (given == Answer::done) give_zero_around(fault);
-    return given;
+    // Before the clone goes on, and asks for the next of them.
+    give_zero_around(fault);
+    return give_zero(fault);
   }
   read_.fetch_add(1, std::memory_order_relaxed);
   switch (VMSNAP_TRY(cache_.put(fault.page, bytes))) {
