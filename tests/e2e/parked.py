@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import checks
 import harness
 import qemu
 import victims
@@ -53,6 +54,14 @@ def wait_for_end(world, run_dir):
     """Until the page server has let go of the VM."""
     harness.wait_until(lambda: not world.vmsnap_processes(), "the page server to end")
     assert record(run_dir)["phase"] == "complete", record(run_dir)
+
+
+def unpark_and_check(world, guest, run_dir):
+    """An OrderedGuest has all of its memory back, and goes on."""
+    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
+    wait_for_end(world, run_dir)
+    victims.check_ordered_live(world, guest)
+    checks.assert_running(guest)
 
 
 def wait_for_phase(run_dir, phase):

@@ -11,7 +11,8 @@ import harness
 import qemu
 import system
 import victims
-from parked import memory_of, park, record, resident_kib, wait_for_end, wait_for_phase
+from parked import (memory_of, park, record, resident_kib, unpark_and_check, wait_for_end,
+                    wait_for_phase)
 
 
 @pytest.mark.parametrize("ram", ["anon", "memfd", "file", "two-backends", "vga"])
@@ -80,10 +81,7 @@ def test_in_a_store_that_is_pruned(world):
     world.vmsnap("rm", "--store", store, "--key-file", key, listed[0]["id"]).expect("ok")
     for _ in range(2):
         world.vmsnap("prune", "--store", store, "--key-file", key, "--empty-trash").expect("ok")
-    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
-    wait_for_end(world, run_dir)
-    victims.check_ordered_live(world, guest)
-    checks.assert_running(guest)
+    unpark_and_check(world, guest, run_dir)
 
 
 def test_by_its_monitor_again_and_again(world):
@@ -202,10 +200,7 @@ def test_resumed_while_it_is_frozen(world, point, ram):
     run.signal(signal.SIGCONT)
     run.wait().expect("ok")
     guest.wait_for_progress()
-    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
-    wait_for_end(world, run_dir)
-    victims.check_ordered_live(world, guest)
-    checks.assert_running(guest)
+    unpark_and_check(world, guest, run_dir)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -255,7 +250,6 @@ def test_a_wrong_image(world):
     victims.check_ordered_live(world, guest)
 
 
-# Killed up to here, the VM runs on by itself.
 def test_a_parked_vm_is_not_snapshotted(world):
     """And is told so at once, not after --restore-wait."""
     guest = victims.OrderedGuest(world)
@@ -263,10 +257,7 @@ def test_a_parked_vm_is_not_snapshotted(world):
     refused = world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", world.path("x.img"),
                            "--restore-wait", 3 * harness.LIMIT).expect("refused")
     assert "parked" in refused.err
-    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
-    wait_for_end(world, run_dir)
-    victims.check_ordered_live(world, guest)
-    checks.assert_running(guest)
+    unpark_and_check(world, guest, run_dir)
 
 
 def test_two_take_turns(world):

@@ -11,11 +11,12 @@ import checks
 import harness
 import system
 import victims
-from parked import check_ordered_by_touch, park, record, wait_for_end
+from parked import check_ordered_by_touch, park, record, unpark_and_check, wait_for_end
 
 POINTS = re.findall(r'std::string_view\("([\w.]+)"\)',
                     (harness.SOURCE / "formats/test_point.h").read_text())
 
+# Killed up to here, the VM runs on by itself.
 GUARDED = ["park.start", "attach.created", "pause.stopped", "pause.armed", "copy.half",
            "store.packs_synced", "store.manifest_synced", "store.manifest_renamed", "store.indexed"]
 # Afterwards it waits for who takes over.
@@ -52,10 +53,7 @@ def test_killed_on_the_way(world, point, way):
             assert guest.status() == "paused"
             check_ordered_by_touch(world, guest)
     if way == "unpark" or point != "park.captured":
-        world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
-    wait_for_end(world, run_dir)
-    victims.check_ordered_live(world, guest)
-    checks.assert_running(guest)
+        unpark_and_check(world, guest, run_dir)
 
 
 @pytest.mark.parametrize("point", ["unpark.told", "restore.half", "restore.filled"])
@@ -78,10 +76,7 @@ def test_unpark_killed(world):
     result = world.vmsnap("unpark", "--run-dir", run_dir, env={"VMSNAP_KILL_AT": "unpark.resumed"})
     assert result.code == -signal.SIGKILL
     guest.wait_for_progress()
-    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
-    wait_for_end(world, run_dir)
-    victims.check_ordered_live(world, guest)
-    checks.assert_running(guest)
+    unpark_and_check(world, guest, run_dir)
 
 
 def test_page_server_killed_while_it_is_parked(world):
@@ -99,10 +94,7 @@ def test_page_server_killed_while_it_is_parked(world):
     check_ordered_by_touch(world, guest)
     guest.qmp("cont")
     system.kill(record(run_dir)["server_pid"])
-    world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
-    wait_for_end(world, run_dir)
-    victims.check_ordered_live(world, guest)
-    checks.assert_running(guest)
+    unpark_and_check(world, guest, run_dir)
 
 
 def test_the_closer_killed_while_it_is_parked(world):

@@ -21,14 +21,24 @@ PAGE = 4096
 
 def build_boot_sector(folder, start=ORDERED_START, end=ORDERED_END):
     """Assembles tests/guests/ordered.S into a boot sector."""
-    source = harness.SOURCE / "tests/guests/ordered.S"
-    image = pathlib.Path(folder) / "boot.img"
-    for command in (["as", "--32", "--defsym", f"START={start}", "--defsym", f"END={end}",
-                     "-o", f"{image}.o", source],
-                    ["ld", "-m", "elf_i386", "-Ttext=0x7c00", "--oformat", "binary",
+    return assemble("ordered.S", pathlib.Path(folder) / "boot.img", 512, start, end,
+                    bits="--32", emulation="elf_i386")
+
+
+def build_rom(folder, start=ORDERED_START, end=ORDERED_END):
+    """Assembles tests/guests/async_fault.S into a ROM."""
+    return assemble("async_fault.S", pathlib.Path(folder) / "rom.bin", 65536, start, end,
+                    bits="--64", emulation="elf_x86_64")
+
+
+def assemble(name, image, size, start, end, bits, emulation):
+    """A program of tests/guests, with START and END, into a flat file of `size` bytes."""
+    for command in (["as", bits, "--defsym", f"START={start}", "--defsym", f"END={end}",
+                     "-o", f"{image}.o", harness.SOURCE / "tests/guests" / name],
+                    ["ld", "-m", emulation, "-Ttext=0x7c00", "--oformat", "binary",
                      "-o", image, f"{image}.o"]):
         subprocess.run(command, check=True)
-    assert image.stat().st_size == 512
+    assert image.stat().st_size == size
     image.chmod(0o644)
     return image
 
@@ -67,19 +77,6 @@ class AsyncFaultGuest(qemu.Qemu):
                      f"KVM does not run the guest: {said!r} {self.log.read_text()[-300:]}")
         harness.need(said != "N", "kvm", "KVM offers no asynchronous page faults")
         self.wait_for_text("R.")
-
-
-def build_rom(folder, start=ORDERED_START, end=ORDERED_END):
-    """Assembles tests/guests/async_fault.S into a ROM."""
-    source = harness.SOURCE / "tests/guests/async_fault.S"
-    image = pathlib.Path(folder) / "rom.bin"
-    for command in (["as", "--64", "--defsym", f"START={start}", "--defsym", f"END={end}",
-                     "-o", f"{image}.o", source],
-                    ["ld", "-m", "elf_x86_64", "-Ttext=0x7c00", "--oformat", "binary",
-                     "-o", image, f"{image}.o"]):
-        subprocess.run(command, check=True)
-    assert image.stat().st_size == 65536
-    return image
 
 
 def check_ordered(raw, offset=0, start=ORDERED_START, end=ORDERED_END):
