@@ -68,9 +68,9 @@ struct DecodedExtent {
 
 class PageSource {
  public:
-  // Starts `threads` decoders; 0: by the number of CPUs, at most 4. The reader, the marks (for skipping what is no
-  // longer wanted: a hint) and the ranges must outlive this. Errors: eventfd(2)
-  // or memory.
+  // Starts `threads` decoders; 0: by the number of CPUs, at most 4. The reader,
+  // the marks (for skipping what is no longer wanted: a hint) and the ranges must
+  // outlive this. Errors: eventfd(2) or memory.
   static Result<std::unique_ptr<PageSource>> start(const ImageReader& reader,
                                                    const PageMarks& marks,
                                                    const std::vector<ServedRange>& ranges,

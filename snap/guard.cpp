@@ -17,7 +17,8 @@ namespace vmsnap {
 
 namespace {
 
-constexpr std::chrono::milliseconds most_seldom_beat{50};
+// Between two signs of life; each wakes the guard.
+constexpr std::chrono::milliseconds longest_beat_gap{50};
 
 // Everything the guard's process needs, and all it keeps.
 struct GuardProcess {
@@ -130,7 +131,8 @@ Result<Guard> Guard::start(const Qmp* qmp, std::optional<KsmPause>* ksm,
     guard.run();
     ::_exit(0);
   }
-  return Guard(std::move(writing), pid, std::min<Clock::duration>(stand_still_limit / 20, most_seldom_beat));
+  return Guard(std::move(writing), pid,
+               std::min<Clock::duration>(stand_still_limit / 20, longest_beat_gap));
 }
 
 Guard::~Guard() {
