@@ -3,6 +3,7 @@
 // the end of the line must know.
 #pragma once
 
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -27,7 +28,7 @@ class LaunchRewriter {
     std::string_view option;
     Rule rule;
   };
-  static const RuleEntry rules[];
+  static std::span<const RuleEntry> rules();
 
   Status replace_texts(std::vector<QemuOption>& options) const;
   Status apply_rules(QemuOption& option);

@@ -11,7 +11,7 @@ namespace vmsnap {
 Status LaunchRewriter::apply_rules(QemuOption& option) {
   if (option.written.empty()) return {};
   VMSNAP_CHECK(refuse_descriptors(option));
-  for (const RuleEntry& entry : rules) {
+  for (const RuleEntry& entry : rules()) {
     if (entry.option == option.name) return (this->*entry.rule)(option);
   }
   return {};
