@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <vector>
@@ -21,6 +22,8 @@ namespace {
 struct Scratch {
   FrameDecoder decoder;
   std::vector<std::byte> frame = std::vector<std::byte>(layout::max_frame_bytes(1));
+  std::vector<std::byte> base_frame;  // only for delta frames
+  std::array<std::byte, page_size> base;
   std::vector<std::byte> pages;  // only for frames of several pages
 };
 
@@ -45,6 +48,71 @@ Result<size_t> read_up_to(int fd, std::span<std::byte> bytes, uint64_t offset,
   return got;
 }
 
+bool can_begin_at(const FrameSource& source, uint64_t offset) {
+  return offset >= layout::frames_begin && offset < source.end &&
+         source.end - offset >= sizeof(layout::FrameHeader);
+}
+
+struct Frame {
+  layout::FrameHeader header;
+  std::span<const std::byte> content;  // decrypted
+};
+
+// A frame that is where can_begin_at() says one may be, checked, in `buffer`,
+// which has room for a frame of one page, and grows.
+Result<Frame> read_frame(const FrameSource& source, uint64_t offset, FrameDecoder& decoder,
+                         std::vector<std::byte>& buffer) {
+  const uint64_t room = source.end - offset;
+  // As much as a frame of one page can be, so that most reads are one call.
+  const size_t first = std::min<uint64_t>(room, layout::max_frame_bytes(1));
+  const size_t have =
+      VMSNAP_TRY(read_up_to(source.fd, std::span(buffer).first(first), offset, source.name));
+  Frame frame;
+  if (have < sizeof frame.header) {
+    return damaged(source.name, "it ends inside the page frame at byte {}", offset);
+  }
+  std::memcpy(&frame.header, buffer.data(), sizeof frame.header);
+  const size_t need = sizeof frame.header + frame.header.stored_length;
+  if (!FrameDecoder::plausible(frame.header, source.key != nullptr) || need > room) {
+    return damaged(source.name, "the page frame at byte {} has an impossible header", offset);
+  }
+  if (need > have) {
+    if (buffer.size() < need) buffer.resize(need);
+    VMSNAP_CHECK(read_exact_at(source.fd, std::span(buffer).subspan(have, need - have),
+                               offset + have, source.name));
+  }
+  const FrameSite site = {offset, source.seed, source.key};
+  const auto payload =
+      std::span(buffer).subspan(sizeof frame.header, frame.header.stored_length);
+  if (!decoder.intact(frame.header, payload, site)) {
+    return damaged(source.name, "the checksum of the page frame at byte {} does not match", offset);
+  }
+  const auto content = decoder.open(frame.header, payload, site);
+  if (!content) {
+    return damaged(source.name, "the page frame at byte {} was not sealed with its key", offset);
+  }
+  frame.content = *content;
+  return frame;
+}
+
+// The page of the base at `offset` of the delta frame at `delta`, into scratch.base.
+Status read_base(const FrameSource& source, uint64_t offset, uint64_t delta, Scratch& scratch) {
+  if (offset >= delta || !can_begin_at(source, offset)) {
+    return damaged(source.name, "the page frame at byte {} has an impossible base, at byte {}",
+                   delta, offset);
+  }
+  scratch.base_frame.resize(layout::max_frame_bytes(1));
+  const Frame base = VMSNAP_TRY(read_frame(source, offset, scratch.decoder, scratch.base_frame));
+  if (base.header.codec == layout::codec_delta || base.header.last_slot != 0) {
+    return damaged(source.name, "the page frame at byte {} has a base, at byte {}, that cannot be one",
+                   delta, offset);
+  }
+  if (!scratch.decoder.decode(base.header, base.content, {}, scratch.base)) {
+    return damaged(source.name, "the page frame at byte {} cannot be decoded to its 1 pages", offset);
+  }
+  return {};
+}
+
 }  // namespace
 
 Result<FrameSource> OwnFrames::source(uint64_t pack) const {
@@ -61,45 +129,25 @@ Status read_stored_page(const FrameFiles& files, uint64_t entry_bits,
 Status read_stored_page(const FrameSource& source, uint64_t entry_bits,
                         std::span<std::byte, page_size> out) {
   const PageEntry entry = PageEntry::from_bits(entry_bits);
-  if (entry.kind != PageEntry::kind_frame || entry.offset < layout::frames_begin || entry.offset >= source.end ||
-      source.end - entry.offset < sizeof(layout::FrameHeader)) {
+  if (entry.kind != PageEntry::kind_frame || !can_begin_at(source, entry.offset)) {
     return damaged(source.name, "a page entry refers to no frame ({:#018x})", entry_bits);
   }
-  const uint64_t room = source.end - entry.offset;
-
-  // As much as a frame of one page can be, so that most reads are one call.
   Scratch& scratch = scratch_of_this_thread();
-  const size_t first = std::min<uint64_t>(room, layout::max_frame_bytes(1));
-  const size_t have = VMSNAP_TRY(
-      read_up_to(source.fd, std::span(scratch.frame).first(first), entry.offset, source.name));
-  if (have < sizeof(layout::FrameHeader)) {
-    return damaged(source.name, "it ends inside the page frame at byte {}", entry.offset);
-  }
-  layout::FrameHeader header;
-  std::memcpy(&header, scratch.frame.data(), sizeof header);
-  const size_t need = sizeof header + header.stored_length;
-  if (!FrameDecoder::plausible(header, source.key != nullptr) || need > room || entry.slot > header.last_slot) {
-    return damaged(source.name, "the page frame at byte {} has an impossible header", entry.offset);
-  }
-  if (need > have) {
-    if (scratch.frame.size() < need) scratch.frame.resize(need);
-    VMSNAP_CHECK(read_exact_at(source.fd, std::span(scratch.frame).subspan(have, need - have),
-                               entry.offset + have, source.name));
-  }
-
-  const FrameSite site = {entry.offset, source.seed, source.key};
-  const auto payload = std::span(scratch.frame).subspan(sizeof header, header.stored_length);
-  if (!scratch.decoder.intact(header, payload, site)) {
-    return damaged(source.name, "the checksum of the page frame at byte {} does not match",
+  const Frame frame = VMSNAP_TRY(read_frame(source, entry.offset, scratch.decoder, scratch.frame));
+  if (entry.slot > frame.header.last_slot) {
+    return damaged(source.name, "a page entry refers to no page of the frame at byte {}",
                    entry.offset);
   }
-  const size_t pages = FrameDecoder::pages(header);
+  if (frame.header.codec == layout::codec_delta) {
+    VMSNAP_CHECK(read_base(source, FrameDecoder::base_offset(frame.content), entry.offset, scratch));
+  }
+  const size_t pages = FrameDecoder::pages(frame.header);
   std::span<std::byte> decoded = out;
   if (pages > 1) {
     scratch.pages.resize(pages * page_size);
     decoded = scratch.pages;
   }
-  if (!scratch.decoder.decode(header, payload, site, decoded)) {
+  if (!scratch.decoder.decode(frame.header, frame.content, scratch.base, decoded)) {
     return damaged(source.name, "the page frame at byte {} cannot be decoded to its {} pages",
                    entry.offset, pages);
   }
@@ -107,6 +155,13 @@ Status read_stored_page(const FrameSource& source, uint64_t entry_bits,
     std::memcpy(out.data(), scratch.pages.data() + entry.slot * page_size, page_size);
   }
   return {};
+}
+
+Result<uint64_t> base_of_stored_page(const FrameSource& source, uint64_t offset) {
+  if (!can_begin_at(source, offset)) return damaged(source.name, "no frame is at byte {}", offset);
+  Scratch& scratch = scratch_of_this_thread();
+  const Frame frame = VMSNAP_TRY(read_frame(source, offset, scratch.decoder, scratch.frame));
+  return frame.header.codec == layout::codec_delta ? FrameDecoder::base_offset(frame.content) : 0;
 }
 
 }  // namespace vmsnap

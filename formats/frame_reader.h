@@ -45,12 +45,16 @@ class OwnFrames : public FrameFiles {
 };
 
 // The bytes of the page that `entry_bits`, not 0, refers to; its pack number
-// is that of `source`. Reads with one pread(2) if the frame holds one page.
-// Thread-safe; blocks on the disk. ErrorCode::damaged if the entry or the
-// frame is not what it must be.
+// is that of `source`. Reads with one pread(2) if the frame holds one page, and
+// with two if it is a delta frame. Thread-safe; blocks on the disk.
+// ErrorCode::damaged if the entry, the frame or its base is not what it must be.
 Status read_stored_page(const FrameSource& source, uint64_t entry_bits,
                         std::span<std::byte, page_size> out);
 Status read_stored_page(const FrameFiles& files, uint64_t entry_bits,
                         std::span<std::byte, page_size> out);
+
+// Where the base of the frame at `offset` is, if that is a delta frame; else 0.
+// Errors, threads and blocking as above; the base itself is not looked at.
+Result<uint64_t> base_of_stored_page(const FrameSource& source, uint64_t offset);
 
 }  // namespace vmsnap

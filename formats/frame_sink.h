@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -35,6 +36,15 @@ class FrameSink {
   // `bytes` are a multiple of frame_alignment. What was reserved is written
   // once, or the sink is of no use any more.
   virtual Result<FramePlace> reserve(uint64_t bytes) = 0;
+
+  // Where the next batch goes, most likely: a pack number, or nothing if a new
+  // pack will be begun. A hint.
+  virtual std::optional<uint64_t> next_pack() const { return 0; }
+  // As reserve(), but nothing is reserved if it would be in another pack.
+  virtual Result<std::optional<FramePlace>> reserve_in(uint64_t, uint64_t bytes) {
+    return VMSNAP_TRY(reserve(bytes));
+  }
+
   virtual Status write(const FramePlace& place, std::span<const std::byte> frames,
                        std::span<const FrameNote> notes) = 0;
 

@@ -65,6 +65,11 @@ Result<FrameWalk> walk_frames(const ImageFile& file, const std::function<void(co
     if (!FrameDecoder::plausible(header, /*sealed=*/false)) {
       return damaged(path, "there is no page frame at byte {}, where one must be", offset);
     }
+    if (header.codec == layout::codec_delta &&
+        (file.header().incompatible & layout::incompatible_deltas) == 0) {
+      found(damage(path, "the page frame at byte {} is a delta, and its header says there is none",
+                   offset));
+    }
     const size_t used = sizeof header + header.stored_length;
     const size_t aligned = layout::align_up(used, layout::frame_alignment);
     const std::span<const std::byte> frame = VMSNAP_TRY(window.at(offset, aligned));

@@ -31,8 +31,9 @@ using ImageId = std::array<uint8_t, 16>;
 inline constexpr Magic header_magic = {'\x89', 'V', 'M', 'S', 'N', 'A', 'P', '\n'};
 inline constexpr Magic trailer_magic = {'\x89', 'V', 'M', 'S', 'E', 'N', 'D', '\n'};
 
-// Incompatible-feature bits that this code knows: none yet.
-inline constexpr uint64_t known_incompatible = 0;
+// Incompatible-feature bits that this code knows.
+inline constexpr uint64_t incompatible_deltas = 1;  // there may be delta frames
+inline constexpr uint64_t known_incompatible = incompatible_deltas;
 
 // At offset 0. Magic, version and checksum stay where they are in all versions.
 struct Header {
@@ -51,6 +52,10 @@ static_assert(sizeof(Header) == block_size && std::is_trivially_copyable_v<Heade
 
 inline constexpr uint16_t codec_raw = 0;
 inline constexpr uint16_t codec_zstd = 1;
+// One page, compressed as what follows the page of another frame of one page, its
+// base, which is before it in the file and is no delta. The payload begins with
+// the offset of the base.
+inline constexpr uint16_t codec_delta = 2;
 inline constexpr uint16_t codec_end = 0xffff;  // the end mark, after the last frame
 inline constexpr uint64_t frame_alignment = 8;
 inline constexpr size_t max_frame_pages = 16;

@@ -28,7 +28,7 @@ Result<layout::Section> append_section(ByteSink& file, const ImageTail& tail,
   if (compress) {
     compressed.resize(ZSTD_compressBound(raw.size()));
     const size_t length = ZSTD_compress(compressed.data(), compressed.size(), raw.data(),
-                                        raw.size(), tail.compression_level);
+                                        raw.size(), tail.zstd_level);
     if (ZSTD_isError(length)) {
       return fail(ErrorCode::io, "cannot compress for {}: {}", name, ZSTD_getErrorName(length));
     }
@@ -78,10 +78,11 @@ Result<layout::ImageId> random_id() {
   return id;
 }
 
-layout::Header make_header(const layout::ImageId& id) {
+layout::Header make_header(const layout::ImageId& id, uint64_t incompatible) {
   layout::Header header = {};
   header.magic = layout::header_magic;
   header.version = layout::format_version;
+  header.incompatible = incompatible;
   header.id = id;
   header.checksum = block_checksum(header);
   return header;

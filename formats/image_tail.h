@@ -35,11 +35,11 @@ struct ImageTail {
   PageCounts counts;
   uint64_t page_count = 0;
   uint64_t frames_end = 0;    // in this file
-  int compression_level = 1;  // of the sections
+  int zstd_level = 1;  // of the sections
 };
 
 // With its checksum.
-layout::Header make_header(const layout::ImageId& id);
+layout::Header make_header(const layout::ImageId& id, uint64_t incompatible = 0);
 
 // Header and end mark: the front of an image whose frames are all in packs.
 Status append_empty_frames(ByteSink& file, const layout::ImageId& id);

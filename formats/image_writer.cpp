@@ -26,7 +26,7 @@ ImageWriter::Encoder::Encoder(Encoder&&) noexcept = default;
 struct ImageWriter::State {
   std::string name;
   uint64_t page_count = 0;
-  int compression_level = 1;
+  int zstd_level = level_alone;
   layout::ImageId id = {};
   int fd = -1;                            // one file for all ...
   std::unique_ptr<FrameSink> own_frames;
@@ -58,7 +58,7 @@ Result<std::unique_ptr<ImageWriter::State>> ImageWriter::State::create(std::stri
 }
 
 Status ImageWriter::State::prepare(KnownPages* known, ImageWriterOptions options) {
-  compression_level = options.compression_level;
+  zstd_level = options.zstd_level();
   store = VMSNAP_TRY(PageStore::create(*frames, known, name, std::move(options)));
   pages = VMSNAP_TRY(PageArray::create(page_count));
   return {};
@@ -71,8 +71,9 @@ Result<std::unique_ptr<ImageWriter>> ImageWriter::create(int fd, std::string nam
   state->fd = fd;
   state->own_frames = std::make_unique<FileSink>(fd, state->name, state->seed());
   state->frames = state->own_frames.get();
+  const layout::Header header =
+      make_header(state->id, options.deltas ? layout::incompatible_deltas : 0);
   VMSNAP_CHECK(state->prepare(nullptr, std::move(options)));
-  const layout::Header header = make_header(state->id);
   VMSNAP_CHECK(write_all_at(fd, std::as_bytes(std::span(&header, 1)), 0, state->name));
   return std::unique_ptr<ImageWriter>(new ImageWriter(std::move(state)));
 }
@@ -130,7 +131,7 @@ Result<uint64_t> ImageWriter::finish(const ImageInfo& info, std::span<const std:
                     .counts = {.duplicate = state.duplicate_pages, .stored = state.stored_pages},
                     .page_count = state.page_count,
                     .frames_end = VMSNAP_TRY(state.frames->close()),
-                    .compression_level = state.compression_level};
+                    .zstd_level = state.zstd_level};
   const std::vector<std::byte> packs = state.frames->packs_section(state.pages.count_packs());
   const ImageSections sections = {
       .device_state = device_state, .packs = packs, .working_set = working_set};

@@ -8,6 +8,7 @@ namespace vmsnap {
 
 namespace {
 
+constexpr size_t base_offset_bytes = sizeof(uint64_t);
 constexpr size_t checked_header_bytes = offsetof(layout::FrameHeader, checksum);
 
 // What is checked, and authenticated, beside the payload.
@@ -42,13 +43,39 @@ size_t FrameEncoder::encode(std::span<const std::byte, page_size> page, bool sea
     length = page.size();
     std::memcpy(payload, page.data(), page.size());
   }
+  return add_header(header, length, sealed, out);
+}
+
+size_t FrameEncoder::encode_delta(std::span<const std::byte, page_size> page,
+                                  std::span<const std::byte, page_size> base, bool sealed,
+                                  size_t limit, std::span<std::byte> out) {
+  const size_t around = sizeof(layout::FrameHeader) + base_offset_bytes +
+                        (sealed ? layout::seal_tag_bytes : 0) + layout::frame_alignment;
+  if (limit <= around) return 0;
+  // A frame that did not fit has left the context in the middle of it.
+  ZSTD_CCtx_reset(context_.get(), ZSTD_reset_session_only);
+  ZSTD_CCtx_refPrefix(context_.get(), base.data(), base.size());  // for one frame
+  const size_t length =
+      ZSTD_compress2(context_.get(), out.data() + sizeof(layout::FrameHeader) + base_offset_bytes,
+                     limit - around, page.data(), page.size());
+  if (ZSTD_isError(length)) return 0;
+  set_base(out, 0);
+  return add_header({.codec = layout::codec_delta}, base_offset_bytes + length, sealed, out);
+}
+
+void FrameEncoder::set_base(std::span<std::byte> frame, uint64_t offset) {
+  std::memcpy(frame.data() + sizeof(layout::FrameHeader), &offset, sizeof offset);
+}
+
+// Around the `length` bytes that are in their place. Returns what all take.
+size_t FrameEncoder::add_header(layout::FrameHeader header, size_t length, bool sealed,
+                                std::span<std::byte> out) {
   header.flags = sealed ? layout::frame_sealed : 0;
   header.stored_length = static_cast<uint32_t>(length + (sealed ? layout::seal_tag_bytes : 0));
   std::memcpy(out.data(), &header, sizeof header);
-
   const size_t aligned =
       layout::align_up(sizeof header + header.stored_length, layout::frame_alignment);
-  std::memset(payload + length, 0, aligned - sizeof header - length);
+  std::memset(out.data() + sizeof header + length, 0, aligned - sizeof header - length);
   return aligned;
 }
 
@@ -79,9 +106,14 @@ bool FrameDecoder::plausible(const layout::FrameHeader& header, bool sealed) {
   if (header.flags != (sealed ? layout::frame_sealed : 0)) return false;
   const size_t tag = sealed ? layout::seal_tag_bytes : 0;
   const size_t bytes = pages(header) * page_size;
-  if (header.codec == layout::codec_raw) return header.stored_length == bytes + tag;
-  return header.codec == layout::codec_zstd && header.stored_length > tag &&
-         header.stored_length <= bytes + tag;
+  const size_t length = header.stored_length;
+  switch (header.codec) {
+    case layout::codec_raw: return length == bytes + tag;
+    case layout::codec_zstd: return length > tag && length <= bytes + tag;
+    case layout::codec_delta:
+      return header.last_slot == 0 && length > base_offset_bytes + tag && length <= bytes + tag;
+    default: return false;
+  }
 }
 
 bool FrameDecoder::intact(const layout::FrameHeader& header, std::span<const std::byte> payload,
@@ -89,20 +121,35 @@ bool FrameDecoder::intact(const layout::FrameHeader& header, std::span<const std
   return frame_checksum(checksum_, header, payload, site) == header.checksum;
 }
 
-bool FrameDecoder::decode(const layout::FrameHeader& header, std::span<std::byte> payload,
-                          const FrameSite& site, std::span<std::byte> out) {
-  if (site.key) {
-    const auto tag = payload.last<layout::seal_tag_bytes>();
-    payload = payload.first(payload.size() - tag.size());
-    if (!unseal(*site.key, site.offset, sealed_along(header), payload, tag)) return false;
-  }
+std::optional<std::span<const std::byte>> FrameDecoder::open(const layout::FrameHeader& header,
+                                                             std::span<std::byte> payload,
+                                                             const FrameSite& site) {
+  if (!site.key) return payload;
+  const auto tag = payload.last<layout::seal_tag_bytes>();
+  const auto content = payload.first(payload.size() - tag.size());
+  if (!unseal(*site.key, site.offset, sealed_along(header), content, tag)) return std::nullopt;
+  return content;
+}
+
+uint64_t FrameDecoder::base_offset(std::span<const std::byte> content) {
+  uint64_t offset;
+  std::memcpy(&offset, content.data(), sizeof offset);
+  return offset;
+}
+
+bool FrameDecoder::decode(const layout::FrameHeader& header, std::span<const std::byte> content,
+                          std::span<const std::byte> base, std::span<std::byte> out) {
   if (header.codec == layout::codec_raw) {
-    if (payload.size() != out.size()) return false;
-    std::memcpy(out.data(), payload.data(), payload.size());
+    if (content.size() != out.size()) return false;
+    std::memcpy(out.data(), content.data(), content.size());
     return true;
   }
+  if (header.codec == layout::codec_delta) {
+    content = content.subspan(base_offset_bytes);
+    ZSTD_DCtx_refPrefix(context_.get(), base.data(), base.size());  // for one frame
+  }
   const size_t got =
-      ZSTD_decompressDCtx(context_.get(), out.data(), out.size(), payload.data(), payload.size());
+      ZSTD_decompressDCtx(context_.get(), out.data(), out.size(), content.data(), content.size());
   return !ZSTD_isError(got) && got == out.size();
 }
 

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "formats/checksum.h"
@@ -38,11 +39,24 @@ class FrameEncoder {
   // page that does not shrink is stored raw.
   size_t encode(std::span<const std::byte, page_size> page, bool sealed, std::span<std::byte> out);
 
+  // The same for a delta frame, with the page of its base. Returns 0 if it would
+  // take more than `limit` bytes, which are at most max_frame_bytes(1).
+  size_t encode_delta(std::span<const std::byte, page_size> page,
+                      std::span<const std::byte, page_size> base, bool sealed, size_t limit,
+                      std::span<std::byte> out);
+
+  // Where the base of the delta frame at the front of `frame` is, in its file.
+  // Before finish().
+  static void set_base(std::span<std::byte> frame, uint64_t offset);
+
   // Encrypts the frame at the front of `frame` if the site has a key, and
   // fills in its checksum.
   void finish(std::span<std::byte> frame, const FrameSite& site);
 
  private:
+  size_t add_header(layout::FrameHeader header, size_t length, bool sealed,
+                    std::span<std::byte> out);
+
   std::unique_ptr<ZSTD_CCtx, decltype(&ZSTD_freeCCtx)> context_;
   StreamChecksum checksum_;
 };
@@ -59,15 +73,24 @@ class FrameDecoder {
   static bool plausible(const layout::FrameHeader& header, bool sealed);
   static size_t pages(const layout::FrameHeader& header) { return header.last_slot + size_t{1}; }
 
-  // Whether the checksum is right; to be asked before decode(). Needs no key.
+  // Whether the checksum is right; to be asked before open(). Needs no key.
   bool intact(const layout::FrameHeader& header, std::span<const std::byte> payload,
               const FrameSite& site);
 
-  // All pages of a plausible, intact frame; `out` is pages * page_size, and
-  // `payload` is decrypted in place. False if it is not exactly that many
-  // bytes, or not what was sealed with this key at this site.
-  bool decode(const layout::FrameHeader& header, std::span<std::byte> payload,
-              const FrameSite& site, std::span<std::byte> out);
+  // The content of a plausible, intact frame: decrypted, in place, if the site has
+  // a key. Nothing if it is not what was sealed with this key at this site.
+  std::optional<std::span<const std::byte>> open(const layout::FrameHeader& header,
+                                                 std::span<std::byte> payload,
+                                                 const FrameSite& site);
+
+  // Of a delta frame's content: where its base must be, whatever it says.
+  static uint64_t base_offset(std::span<const std::byte> content);
+
+  // All pages of an opened frame; `out` is pages * page_size, `base` the page of a
+  // delta frame's base, else not looked at. False if it is not exactly that many
+  // bytes.
+  bool decode(const layout::FrameHeader& header, std::span<const std::byte> content,
+              std::span<const std::byte> base, std::span<std::byte> out);
 
  private:
   std::unique_ptr<ZSTD_DCtx, decltype(&ZSTD_freeDCtx)> context_;

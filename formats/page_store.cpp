@@ -14,7 +14,6 @@ namespace {
 
 using Page = std::span<const std::byte, page_size>;
 
-constexpr size_t frame_room = layout::align_up(layout::max_frame_bytes(1), layout::frame_alignment);
 constexpr uint32_t settled = UINT32_MAX;  // instead of a leader: the entry is known
 
 Page page_at(std::span<const std::byte> pages, size_t k) {
@@ -68,6 +67,9 @@ Result<std::unique_ptr<PageStore>> PageStore::create(FrameSink& sink, KnownPages
   std::unique_ptr<PageStore> store(
       new PageStore(sink, known, std::move(name), std::move(options)));
   store->hints_ = VMSNAP_TRY(HintTable::create(store->options_.hint_entries));
+  if (store->options_.deltas) {
+    store->similar_ = VMSNAP_TRY(SimilarPages::create(store->options_.similar_slots));
+  }
   return store;
 }
 
@@ -192,27 +194,15 @@ Result<HintTable::Answer> PageStore::look_up(uint64_t hash, HintTable::Owner own
 // Returns how many bytes they take.
 Result<uint64_t> PageStore::write_frames(Scratch& scratch, std::span<const std::byte> pages,
                                          std::span<uint64_t> entries) {
-  if (scratch.to_store.empty()) return 0;
-  scratch.frames.resize(max_batch * frame_room);
-  scratch.notes.clear();
-  scratch.encoder.set_level(options_.compression_level);
-  const bool sealed = sink_.sealed();
-  const std::span<std::byte> frames(scratch.frames);
-  uint64_t used = 0;
+  scratch.written.clear();
   for (const uint32_t k : scratch.to_store) {
-    entries[k] = used;  // until the place of the batch is known
-    used += scratch.encoder.encode(page_at(pages, k), sealed, frames.subspan(used));
+    scratch.written.push_back({.bytes = page_at(pages, k), .hash = scratch.hashes[k]});
   }
-
-  const FramePlace place = VMSNAP_TRY(sink_.reserve(used));
-  for (const uint32_t k : scratch.to_store) {
-    const uint64_t start = entries[k];
-    const PageEntry entry = {.pack = place.pack, .offset = place.offset + start};
-    scratch.encoder.finish(frames.subspan(start), {entry.offset, place.seed, place.key});
-    scratch.notes.push_back({scratch.hashes[k], entry.offset});
-    entries[k] = entry.pack_bits();
+  const uint64_t used = VMSNAP_TRY(
+      scratch.frames.write(sink_, options_.zstd_level(), similar_.get(), scratch.written));
+  for (size_t i = 0; i < scratch.to_store.size(); ++i) {
+    entries[scratch.to_store[i]] = scratch.written[i].entry;
   }
-  VMSNAP_CHECK(sink_.write(place, frames.first(used), scratch.notes));
   return used;
 }
 

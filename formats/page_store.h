@@ -15,23 +15,22 @@
 #include <vector>
 
 #include "formats/error.h"
+#include "formats/frame_batch.h"
 #include "formats/frame_sink.h"
 #include "formats/hint_table.h"
 #include "formats/image_writer.h"
 #include "formats/known_pages.h"
-#include "formats/page_codec.h"
 
 namespace vmsnap {
 
 class PageStore {
  public:
-  static constexpr size_t max_batch = 256;  // pages; bounds a worker's buffers to 1 MiB
+  static constexpr size_t max_batch = FrameBatch::max_pages;
 
   // One worker's buffers.
   struct Scratch {
-    FrameEncoder encoder;
-    std::vector<std::byte> frames;
-    std::vector<FrameNote> notes;
+    FrameBatch frames;
+    std::vector<FrameBatch::Page> written;
     std::vector<uint64_t> hashes;
     std::vector<std::pair<uint64_t, uint32_t>> by_hash;
     std::vector<uint32_t> leaders;  // k: the first page of the batch with the bytes of page k
@@ -73,6 +72,7 @@ class PageStore {
   const std::string name_;
   const ImageWriterOptions options_;
   std::unique_ptr<HintTable> hints_;
+  std::unique_ptr<SimilarPages> similar_;  // null: no deltas
   std::atomic<HintTable::Owner> next_owner_ = 1;
   std::atomic<bool> failed_ = false;
 };

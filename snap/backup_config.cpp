@@ -141,6 +141,15 @@ class TableReader {
     return static_cast<int>(*value);
   }
 
+  // False if the key is not there.
+  Result<bool> boolean(std::string_view key) {
+    const toml::node* node = take(key);
+    if (!node) return false;
+    const auto value = node->value_exact<bool>();
+    if (!value) return fail_key(key, "wants true or false");
+    return *value;
+  }
+
   // A list of texts. `empty_too`: "" means something.
   Result<std::vector<std::string>> texts(std::string_view key, bool empty_too) {
     std::vector<std::string> found;
@@ -305,6 +314,7 @@ Result<BackupConfig> read_top(const toml::table& table, const std::string& file)
     config.sample = *share;
   }
   config.level = VMSNAP_TRY(reader.integer("level", -7, 19));
+  config.delta = VMSNAP_TRY(reader.boolean("delta"));
   config.cpus = VMSNAP_TRY(reader.integer("cpus", 1, 256));
   config.memory = VMSNAP_TRY(reader.size("memory"));
   config.bandwidth = VMSNAP_TRY(reader.size("bandwidth"));

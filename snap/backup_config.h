@@ -40,6 +40,7 @@ struct BackupConfig {
   std::chrono::seconds lock_wait{600};
   double sample = 0.05;           // share of the store verified each run, 0 to 1
   std::optional<int> level;       // zstd, -7 to 19
+  bool delta = false;             // pages are stored as deltas of similar ones
   std::optional<int> cpus;        // 1 to 256
   std::optional<uint64_t> memory;     // bytes
   std::optional<uint64_t> bandwidth;  // bytes a second

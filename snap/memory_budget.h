@@ -11,6 +11,7 @@ namespace vmsnap {
 struct MemoryNeeds {
   uint64_t pages = 0;     // of the VM
   unsigned workers = 1;
+  bool deltas = false;
 };
 
 // Bytes of staging (capture.h) that leave the whole process within `limit`

@@ -37,7 +37,8 @@ struct SnapshotOptions {
   // How long to wait for a lazy restore of the same VM to end.
   std::chrono::milliseconds restore_wait{300000};
   unsigned cpus = 2;              // threads that copy and compress
-  int compression_level = 1;
+  std::optional<int> level;       // of zstd; see ImageWriterOptions
+  bool deltas = false;            // --delta
   bool keep_huge_pages = true;    // each is copied as a whole while its writer waits
   std::optional<uint64_t> memory; // bytes of ours, see memory_budget.h
   uint64_t bytes_per_second = 0;  // of the image; 0: no limit

@@ -43,7 +43,9 @@ Status SnapshotJob::prepare(std::vector<MemoryBlock> blocks, Qmp* qmp, const std
   VMSNAP_CHECK(check_not_pinned(process_));
   VMSNAP_CHECK(check_not_shared(process_, memory_));
   staging_bytes_ = VMSNAP_TRY(
-      staging_within(options_.memory, {.pages = memory_.page_count(), .workers = options_.cpus}));
+      staging_within(options_.memory, {.pages = memory_.page_count(),
+                                       .workers = options_.cpus,
+                                       .deltas = options_.deltas}));
 
   if (memory_.mergeable) ksm_ = VMSNAP_TRY(KsmPause::begin());
   guard_.emplace(VMSNAP_TRY(Guard::start(qmp, &ksm_, options_.stall_limit)));

@@ -11,15 +11,21 @@ namespace vmsnap {
 
 namespace {
 
+ImageWriterOptions writer_options(const SnapshotOptions& options) {
+  ImageWriterOptions writer;
+  writer.level = options.level;
+  writer.deltas = options.deltas;
+  return writer;
+}
+
 class FileOutput : public SnapshotOutput {
  public:
   static Result<std::unique_ptr<SnapshotOutput>> open(const SnapshotOptions& options,
                                                       uint64_t page_count) {
     auto output = std::make_unique<FileOutput>();
     output->file_ = VMSNAP_TRY(AtomicFile::create(options.output, options.replace_output));
-    output->image_ =
-        VMSNAP_TRY(ImageWriter::create(output->file_->fd(), options.output, page_count,
-                                       {.compression_level = options.compression_level, .hash = {}}));
+    output->image_ = VMSNAP_TRY(
+        ImageWriter::create(output->file_->fd(), options.output, page_count, writer_options(options)));
     return output;
   }
 
@@ -47,9 +53,7 @@ class StoreOutput : public SnapshotOutput {
     output->store_ = VMSNAP_TRY(Store::open_or_create(options.store));
     output->writer_ = VMSNAP_TRY(StoreWriter::begin(
         *output->store_, regions,
-        {.vm = vm,
-         .domain = options.dedup_domain,
-         .image = {.compression_level = options.compression_level, .hash = {}}}));
+        {.vm = vm, .domain = options.dedup_domain, .image = writer_options(options)}));
     return output;
   }
 

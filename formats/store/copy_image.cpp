@@ -37,8 +37,16 @@ Status copy_pages(const ImageReader& from, ImageWriter& to) {
   }
 }
 
-Result<uint64_t> copy_to_fd(const ImageReader& image, int fd, const std::string& name) {
-  const auto writer = VMSNAP_TRY(ImageWriter::create(fd, name, image.page_count()));
+ImageWriterOptions with_deltas(bool deltas) {
+  ImageWriterOptions options;
+  options.deltas = deltas;
+  return options;
+}
+
+Result<uint64_t> copy_to_fd(const ImageReader& image, int fd, const std::string& name,
+                            bool deltas) {
+  const auto writer =
+      VMSNAP_TRY(ImageWriter::create(fd, name, image.page_count(), with_deltas(deltas)));
   VMSNAP_CHECK(copy_pages(image, *writer));
   ImageInfo info = image.info();
   info.domain.clear();
@@ -52,17 +60,19 @@ Result<Fd> unnamed_file(const std::string& directory) {
 
 }  // namespace
 
-Result<uint64_t> copy_image(const ImageReader& image, const std::string& path, bool replace) {
+Result<uint64_t> copy_image(const ImageReader& image, const std::string& path, bool replace,
+                            bool deltas) {
   AtomicFile file = VMSNAP_TRY(AtomicFile::create(path, replace));
-  const uint64_t bytes = VMSNAP_TRY(copy_to_fd(image, file.fd(), path));
+  const uint64_t bytes = VMSNAP_TRY(copy_to_fd(image, file.fd(), path, deltas));
   VMSNAP_CHECK(file.commit());
   return bytes;
 }
 
-Status copy_image_to_pipe(const ImageReader& image, int fd) {
+Status copy_image_to_pipe(const ImageReader& image, int fd, bool deltas) {
   const char* directory = ::getenv("TMPDIR");
   const Fd file = VMSNAP_TRY(unnamed_file(directory && *directory ? directory : "/var/tmp"));
-  const uint64_t length = VMSNAP_TRY(copy_to_fd(image, file.get(), "the image for standard output"));
+  const uint64_t length =
+      VMSNAP_TRY(copy_to_fd(image, file.get(), "the image for standard output", deltas));
   std::vector<std::byte> buffer(1 << 20);
   for (uint64_t done = 0; done < length; done += buffer.size()) {
     buffer.resize(std::min<uint64_t>(buffer.size(), length - done));
@@ -74,11 +84,13 @@ Status copy_image_to_pipe(const ImageReader& image, int fd) {
 }
 
 Result<Imported> import_image(const Store& store, const ImageReader& image,
-                              const std::string& domain, const std::vector<std::string>& tags) {
+                              const std::string& domain, const std::vector<std::string>& tags,
+                              bool deltas) {
   ImageInfo info = image.info();
   for (const std::string& tag : tags) info.tags.push_back(tag);
   const auto writer = VMSNAP_TRY(StoreWriter::begin(
-      store, info.regions, {.vm = vm_name(info), .domain = domain, .image = {}}));
+      store, info.regions,
+      {.vm = vm_name(info), .domain = domain, .image = with_deltas(deltas)}));
   VMSNAP_CHECK(copy_pages(image, writer->image()));
   const auto committed = VMSNAP_TRY(writer->commit(info, VMSNAP_TRY(image.device_state()),
                                                    VMSNAP_TRY(image.working_set())));

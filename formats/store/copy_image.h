@@ -15,18 +15,21 @@ namespace vmsnap {
 // All of them decode every page and store it anew, with an id of its own. They
 // block on the disk, and end with ErrorCode::interrupted if a signal asks so.
 
-// The file appears whole or not at all. Returns its bytes.
-Result<uint64_t> copy_image(const ImageReader& image, const std::string& path, bool replace);
+// The file appears whole or not at all. Returns its bytes. `deltas` here and
+// below: as in ImageWriterOptions.
+Result<uint64_t> copy_image(const ImageReader& image, const std::string& path, bool replace,
+                            bool deltas);
 
 // Through an unnamed file in $TMPDIR (or /var/tmp), which has room for it.
-Status copy_image_to_pipe(const ImageReader& image, int fd);
+Status copy_image_to_pipe(const ImageReader& image, int fd, bool deltas);
 
 struct Imported {
   std::string id;
   uint64_t added_bytes = 0;
 };
 Result<Imported> import_image(const Store& store, const ImageReader& image,
-                              const std::string& domain, const std::vector<std::string>& tags);
+                              const std::string& domain, const std::vector<std::string>& tags,
+                              bool deltas);
 
 // The bytes of an image that come from `fd`, as an unnamed file in `directory`.
 // The path is good as long as the descriptor in `held` is open.

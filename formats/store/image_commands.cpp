@@ -284,6 +284,7 @@ struct ExportOptions {
   std::string raw;
   std::string to_image;
   bool force = false;
+  bool deltas = false;
 };
 
 Status export_image(CommandContext& context, const ExportOptions& options) {
@@ -291,9 +292,10 @@ Status export_image(CommandContext& context, const ExportOptions& options) {
     return fail(ErrorCode::usage, "export wants one of --raw and --image");
   }
   const auto image = VMSNAP_TRY(open_image(options.image));
-  if (options.to_image == "-") return copy_image_to_pipe(*image, STDOUT_FILENO);
+  if (options.to_image == "-") return copy_image_to_pipe(*image, STDOUT_FILENO, options.deltas);
   if (!options.to_image.empty()) {
-    const uint64_t bytes = VMSNAP_TRY(copy_image(*image, options.to_image, options.force));
+    const uint64_t bytes = VMSNAP_TRY(
+        copy_image(*image, options.to_image, options.force, options.deltas));
     context.out << fmt::format("{}: {} of memory in {}\n", printable(options.to_image),
                                human_bytes(image->page_count() * page_size), human_bytes(bytes));
     return {};
@@ -313,8 +315,13 @@ void add_export(CLI::App& app, CommandContext& context) {
       ->add_option("--raw", options->raw,
                    "Where to: all regions one after the other, as 'show' lists them; "
                    "'-' is standard output");
-  command->add_option("--image", options->to_image,
-                      "Where to, as an image file that needs no store; '-' is standard output");
+  auto* to_image =
+      command->add_option("--image", options->to_image,
+                          "Where to, as an image file that needs no store; '-' is standard output");
+  command
+      ->add_flag("--delta", options->deltas,
+                 "Store pages as differences from similar ones: smaller, and slower")
+      ->needs(to_image);
   command->add_flag("-f,--force", options->force, "Replace the output file if it exists");
   command->footer(
       "Examples:\n"

@@ -170,6 +170,9 @@ uint64_t PackChecker::check_frame(uint64_t offset, std::span<const std::byte> by
     lost(offset);
     return 0;
   }
+  if (header.codec == layout::codec_delta && !pack_.may_have_deltas()) {
+    found(damage(pack_.path(), "the page frame at byte {} is a delta, in a pack of version 1", offset));
+  }
   const auto payload = bytes.subspan(sizeof header, header.stored_length);
   if (!decoder_.intact(header, payload, site(offset))) {
     found(damage(pack_.path(), "the checksum of the page frame at byte {} does not match", offset));

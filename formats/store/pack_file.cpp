@@ -30,14 +30,15 @@ Result<std::unique_ptr<PackFile>> PackFile::open(const std::string& path, const 
   VMSNAP_CHECK(read_exact_at(pack->fd_.get(), std::as_writable_bytes(std::span(&header, 1)), 0, path));
   if (header.magic != layout::pack_magic) return damaged(path, "it does not begin as a pack does");
   if (block_checksum(header) != header.checksum) return damaged(path, "the checksum of its header does not match");
-  if (header.version != layout::pack_version) {
+  if (header.version != layout::pack_version && header.version != layout::pack_version_deltas) {
     return fail(ErrorCode::unsupported, "{} has pack format version {}, newer than this vmsnap's {}",
-                path, header.version, layout::pack_version);
+                path, header.version, layout::pack_version_deltas);
   }
   if ((header.flags & ~layout::pack_sealed) != 0 || !all_zero(header.reserved)) {
     return damaged(path, "its header uses reserved bytes");
   }
   if (header.id != id) return damaged(path, "it is another pack than its name says");
+  pack->version_ = header.version;
   pack->sealed_ = header.flags & layout::pack_sealed;
   if (master && !pack->sealed_) {
     // Whoever put it there does not have the key.
@@ -59,7 +60,7 @@ Result<layout::PackTrailer> PackFile::trailer() const {
   if (t.magic != layout::pack_end_magic) return damaged(path_, "it does not end as a pack does");
   if (block_checksum(t) != t.checksum) return damaged(path_, "the checksum of its trailer does not match");
   const uint64_t tag = sealed_ ? layout::seal_tag_bytes : 0;
-  if (t.version != layout::pack_version || t.id != id_ || t.file_length != length_ ||
+  if (t.version != version_ || t.id != id_ || t.file_length != length_ ||
       t.flags != (sealed_ ? layout::pack_sealed : 0) || !all_zero(t.reserved)) {
     return damaged(path_, "its trailer is not of this pack");
   }

@@ -26,6 +26,7 @@ class PackFile {
   const std::string& path() const { return path_; }
   uint64_t length() const { return length_; }
   bool sealed() const { return sealed_; }
+  bool may_have_deltas() const { return version_ >= layout::pack_version_deltas; }
 
   // `end`: where its frames end, at most the length of the file.
   FrameSource frames(uint64_t end) const;
@@ -43,6 +44,7 @@ class PackFile {
   std::string path_;
   layout::ImageId id_ = {};
   uint64_t length_ = 0;
+  uint32_t version_ = 0;
   bool sealed_ = false;
   std::optional<SecretKey> key_;
 };

@@ -1,4 +1,4 @@
-// The bytes of a pack, version 1: page frames of a store, written once.
+// The bytes of a pack, versions 1 and 2: page frames of a store, written once.
 // vmsnap-store(5) describes the same in words; the two are changed together.
 //
 //   header block | page frames, end mark | 0.. | segments | frame table | 0.. | trailer block
@@ -15,6 +15,7 @@ namespace vmsnap::layout {
 inline constexpr Magic pack_magic = {'\x89', 'V', 'M', 'P', 'A', 'C', 'K', '\n'};
 inline constexpr Magic pack_end_magic = {'\x89', 'V', 'M', 'P', 'E', 'N', 'D', '\n'};
 inline constexpr uint32_t pack_version = 1;
+inline constexpr uint32_t pack_version_deltas = 2;  // there may be delta frames, no more
 
 inline constexpr uint32_t pack_sealed = 1;  // flag; the other bits must be zero
 

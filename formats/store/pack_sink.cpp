@@ -32,8 +32,13 @@ struct PackSink::Pack {
 
 };
 
-PackSink::PackSink(StorePaths paths, PackSet& packs, uint64_t pack_bytes, const SecretKey* master)
-    : paths_(std::move(paths)), packs_(packs), pack_bytes_(pack_bytes), master_(master) {}
+PackSink::PackSink(StorePaths paths, PackSet& packs, uint64_t pack_bytes, bool deltas,
+                   const SecretKey* master)
+    : paths_(std::move(paths)),
+      packs_(packs),
+      pack_bytes_(pack_bytes),
+      version_(deltas ? layout::pack_version_deltas : layout::pack_version),
+      master_(master) {}
 
 PackSink::~PackSink() = default;
 
@@ -45,7 +50,7 @@ Result<PackSink::Pack*> PackSink::start_pack() {
   if (master_) pack->key = master_->derive("pack", id);
   layout::PackHeader header = {};
   header.magic = layout::pack_magic;
-  header.version = layout::pack_version;
+  header.version = version_;
   header.flags = master_ ? layout::pack_sealed : 0;
   header.id = id;
   const auto bytes = std::as_bytes(std::span(&header, 1));
@@ -62,6 +67,21 @@ Result<PackSink::Pack*> PackSink::start_pack() {
 Result<FramePlace> PackSink::reserve(uint64_t bytes) {
   std::lock_guard lock(mutex_);
   if (!current_) current_ = VMSNAP_TRY(start_pack());
+  return reserve_in_current(bytes);
+}
+
+std::optional<uint64_t> PackSink::next_pack() const {
+  std::lock_guard lock(mutex_);
+  return current_ ? std::optional(current_->number) : std::nullopt;
+}
+
+Result<std::optional<FramePlace>> PackSink::reserve_in(uint64_t pack, uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  if (!current_ || current_->number != pack) return std::nullopt;
+  return reserve_in_current(bytes);
+}
+
+FramePlace PackSink::reserve_in_current(uint64_t bytes) {
   Pack& pack = *current_;
   const FramePlace place = {.pack = pack.number,
                             .offset = pack.end,
@@ -108,7 +128,7 @@ Status PackSink::end_pack(Pack& pack) {
 
   layout::PackTrailer trailer = {};
   trailer.magic = layout::pack_end_magic;
-  trailer.version = layout::pack_version;
+  trailer.version = version_;
   trailer.flags = master_ ? layout::pack_sealed : 0;
   trailer.id = pack.id;
   trailer.frames_end = file.offset();

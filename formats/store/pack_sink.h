@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,12 +22,16 @@ namespace vmsnap {
 class PackSink : public FrameSink {
  public:
   // New packs get their numbers from `packs`; a pack is ended when its frames
-  // reach `pack_bytes`, far below max_pack_bytes. `master` is null for a store
-  // that is not sealed. All are borrowed.
-  PackSink(StorePaths paths, PackSet& packs, uint64_t pack_bytes, const SecretKey* master);
+  // reach `pack_bytes`, far below max_pack_bytes. `deltas`: whether there may be
+  // delta frames. `master` is null for a store that is not sealed. All are
+  // borrowed.
+  PackSink(StorePaths paths, PackSet& packs, uint64_t pack_bytes, bool deltas,
+           const SecretKey* master);
   ~PackSink() override;
 
   Result<FramePlace> reserve(uint64_t bytes) override;
+  std::optional<uint64_t> next_pack() const override;
+  Result<std::optional<FramePlace>> reserve_in(uint64_t pack, uint64_t bytes) override;
   Status write(const FramePlace& place, std::span<const std::byte> frames,
                std::span<const FrameNote> notes) override;
   bool sealed() const override { return master_ != nullptr; }
@@ -53,14 +58,16 @@ class PackSink : public FrameSink {
   struct Pack;
 
   Result<Pack*> start_pack();
+  FramePlace reserve_in_current(uint64_t bytes);
   Status end_pack(Pack& pack);
 
   const StorePaths paths_;
   PackSet& packs_;
   const uint64_t pack_bytes_;
+  const uint32_t version_;
   const SecretKey* const master_;
 
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::map<uint64_t, std::unique_ptr<Pack>> all_;  // by number
   Pack* current_ = nullptr;
   std::vector<Finished> finished_;

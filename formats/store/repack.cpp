@@ -8,11 +8,12 @@
 
 #include "formats/append_file.h"
 #include "formats/file.h"
+#include "formats/frame_batch.h"
 #include "formats/image_tail.h"
+#include "formats/image_writer.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
 #include "formats/page_array.h"
-#include "formats/page_codec.h"
 #include "formats/page_entry.h"
 #include "formats/sealed_file.h"
 #include "formats/store/content_index.h"
@@ -30,8 +31,12 @@ class DomainRepack {
  public:
   DomainRepack(const Store& store, std::string domain, std::map<layout::ImageId, SparsePack> packs,
                uint64_t pack_bytes)
-      : store_(store), domain_(std::move(domain)), old_(std::move(packs)),
-        new_(store.paths(), store.master()), sink_(store.paths(), new_, pack_bytes, store.master()) {}
+      : store_(store),
+        domain_(std::move(domain)),
+        old_(std::move(packs)),
+        deltas_(std::ranges::any_of(old_, [](const auto& pack) { return pack.second.deltas; })),
+        new_(store.paths(), store.master()),
+        sink_(store.paths(), new_, pack_bytes, deltas_, store.master()) {}
 
   Status run(RepackReport& report);
 
@@ -55,22 +60,18 @@ class DomainRepack {
   const Store& store_;
   const std::string domain_;
   const std::map<layout::ImageId, SparsePack> old_;
+  const bool deltas_;
   PackSet new_;
   PackSink sink_;
   Moved moved_;
 
-  // Frames on their way to the sink, and what waits for their place.
+  // Pages on their way to the sink, and who is to know their place.
   static constexpr size_t batch_pages = 64;
-  FrameEncoder encoder_;
-  std::vector<std::byte> frames_ = std::vector<std::byte>(
-      batch_pages * layout::align_up(layout::max_frame_bytes(1), layout::frame_alignment));
-  size_t used_ = 0;
-  struct Waiting {
-    uint64_t* entry = nullptr;
-    size_t start = 0;
-    uint64_t hash = 0;
-  };
-  std::vector<Waiting> waiting_;
+  FrameBatch frames_;
+  std::unique_ptr<SimilarPages> similar_;
+  std::vector<std::byte> bytes_;
+  std::vector<FrameBatch::Page> pages_;
+  std::vector<uint64_t*> waiting_;
 
   std::vector<Manifest> manifests_;
 };
@@ -85,24 +86,20 @@ Status DomainRepack::add(uint64_t old_key, std::unordered_map<uint64_t, uint64_t
                          std::span<const std::byte, page_size> page) {
   const auto [place, is_new] = moved.try_emplace(old_key, 0);
   if (!is_new) return {};
-  waiting_.push_back({&place->second, used_, store_.page_hash(page)});
-  used_ += encoder_.encode(page, sink_.sealed(), std::span(frames_).subspan(used_));
+  bytes_.resize(batch_pages * page_size);
+  const auto held = std::span(bytes_).subspan(waiting_.size() * page_size).first<page_size>();
+  std::ranges::copy(page, held.begin());
+  pages_.push_back({.bytes = held, .hash = store_.page_hash(page)});
+  waiting_.push_back(&place->second);
   return waiting_.size() < batch_pages ? Status() : flush();
 }
 
 Status DomainRepack::flush() {
-  if (waiting_.empty()) return {};
-  const FramePlace place = VMSNAP_TRY(sink_.reserve(used_));
-  std::vector<FrameNote> notes;
-  for (const Waiting& frame : waiting_) {
-    const PageEntry entry = {.pack = place.pack, .offset = place.offset + frame.start};
-    encoder_.finish(std::span(frames_).subspan(frame.start), {entry.offset, place.seed, place.key});
-    notes.push_back({frame.hash, entry.offset});
-    *frame.entry = entry.pack_bits();
-  }
-  VMSNAP_CHECK(sink_.write(place, std::span(frames_).first(used_), notes));
+  const int level = deltas_ ? level_with_deltas : level_alone;
+  VMSNAP_TRY(frames_.write(sink_, level, similar_.get(), pages_));
+  for (size_t k = 0; k < waiting_.size(); ++k) *waiting_[k] = pages_[k].entry;
   waiting_.clear();
-  used_ = 0;
+  pages_.clear();
   return check_interrupted();
 }
 
@@ -231,6 +228,7 @@ void DomainRepack::add_to_index() const {
 }
 
 Status DomainRepack::run(RepackReport& report) {
+  if (deltas_) similar_ = VMSNAP_TRY(SimilarPages::create(ImageWriterOptions().similar_slots));
   std::vector<std::string> paths;
   for (const std::string& id : VMSNAP_TRY(manifest_ids(store_.paths().snapshots()))) {
     const std::string path = store_.paths().snapshot(id);

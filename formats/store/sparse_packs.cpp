@@ -68,6 +68,7 @@ Status Finder::drop_what_cannot_be() {
       const auto file = VMSNAP_TRY(open_pack(store_.paths(), pack->first, store_.master()));
       pack->second.frames = VMSNAP_TRY(file->trailer()).frame_count;
       pack->second.bytes = file->length();
+      pack->second.deltas = file->may_have_deltas();
       keep = is_sparse(most_[pack->first], pack->second.frames);
     }
     pack = keep ? std::next(pack) : packs_.erase(pack);

@@ -18,6 +18,7 @@ struct SparsePack {
   std::string domain;         // of the snapshots that need it
   uint64_t frames = 0;        // in it
   uint64_t bytes = 0;         // of the file
+  bool deltas = false;        // there may be delta frames in it
   std::set<uint64_t> needed;  // offsets of frames
 };
 

@@ -117,6 +117,7 @@ struct ImportOptions {
   StoreArgument store;
   std::string domain;
   std::vector<std::string> tags;
+  bool deltas = false;
 };
 
 Status import_into_store(CommandContext& context, const ImportOptions& options) {
@@ -126,7 +127,8 @@ Status import_into_store(CommandContext& context, const ImportOptions& options) 
                                ? VMSNAP_TRY(spool(STDIN_FILENO, store->paths().temporary(), spooled))
                                : options.file;
   const auto image = VMSNAP_TRY(ImageReader::open(path));
-  const Imported imported = VMSNAP_TRY(import_image(*store, *image, options.domain, options.tags));
+  const Imported imported = VMSNAP_TRY(
+      import_image(*store, *image, options.domain, options.tags, options.deltas));
   context.out << fmt::format("{} imported, {} added\n", imported.id,
                              human_bytes(imported.added_bytes));
   return {};
@@ -143,6 +145,8 @@ void add_import(CLI::App& app, CommandContext& context) {
   command->add_option("--dedup-domain", options->domain,
                       "Share pages only with snapshots of the same domain")
       ->type_name("NAME");
+  command->add_flag("--delta", options->deltas,
+                    "Store pages as differences from similar ones: smaller, and slower");
   command->footer(
       "Examples:\n"
       "  vmsnap import vm.img --store /backup/vms --tag imported");

@@ -324,6 +324,18 @@ Status StoreVerifier::check_manifest(const Manifest& manifest) {
   return {};
 }
 
+// Neither the frame nor its base may be among bytes that are not as they were
+// written, although their checksums are right.
+Status check_doubts(const PackCheck& check, const FrameSource& pack, uint64_t frame) {
+  if (check.doubtful.empty()) return {};
+  const uint64_t base = VMSNAP_TRY(base_of_stored_page(pack, frame));
+  for (const uint64_t offset : {frame, base}) {
+    if (!check.doubts(offset)) continue;
+    return damaged(check.path, "the page frame at byte {} is not as it was written", offset);
+  }
+  return {};
+}
+
 Status StoreVerifier::check_page(const std::string& path, const PackSet& files,
                                  std::span<const layout::PackRow> rows, uint64_t bits) {
   const PageEntry entry = PageEntry::from_bits(bits);
@@ -345,10 +357,7 @@ Status StoreVerifier::check_page(const std::string& path, const PackSet& files,
   }
   std::array<std::byte, page_size> bytes;
   if (pack.known == Pack::Known::damaged) {
-    if (pack.check.doubts(entry.offset)) {
-      return damaged(pack.check.path, "the page frame at byte {} is not as it was written",
-                     entry.offset);
-    }
+    VMSNAP_CHECK(check_doubts(pack.check, VMSNAP_TRY(files.source(entry.pack)), entry.offset));
     return read_stored_page(files, bits, bytes);
   }
   if (entry.slot != 0) return read_stored_page(files, bits, bytes);

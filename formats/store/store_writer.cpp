@@ -55,8 +55,8 @@ Result<std::unique_ptr<StoreWriter>> StoreWriter::begin(const Store& store,
   const uint64_t pack_bytes = options.pack_bytes ? options.pack_bytes : pack_bytes_for(regions);
   std::unique_ptr<StoreWriter> writer(new StoreWriter(store, std::move(options)));
   const Options& o = writer->options_;
-  writer->sink_ =
-      std::make_unique<PackSink>(store.paths(), writer->packs_, pack_bytes, store.master());
+  writer->sink_ = std::make_unique<PackSink>(store.paths(), writer->packs_, pack_bytes,
+                                             o.image.deltas, store.master());
   writer->known_ = VMSNAP_TRY(KnownSnapshots::create(
       store, writer->packs_, find_parent(store, o.vm, o.domain),
       ContentIndex::open(store.paths(), store.index_name(o.domain)), regions));

@@ -19,7 +19,8 @@
 #include "formats/checksum.h"
 #include "formats/file.h"
 #include "formats/image_layout.h"
-#include "tests/bench/similar_pages.h"
+#include "formats/page_entry.h"
+#include "formats/similar_pages.h"
 
 namespace vmsnap {
 
@@ -30,9 +31,6 @@ inline constexpr uint64_t seed = 0x9e3779b97f4a7c15;
 // What a zstd frame needs at least: two of the seven bytes of its header. The
 // rest is the magic and the length, which are the same in all frames.
 inline constexpr size_t zstd_header_excess = 5;
-// A frame of one page that needs another, its base, to be decompressed: the
-// payload begins with the base's file offset. A base needs no other page.
-inline constexpr uint16_t codec_based = 2;
 // What share of its bytes a page must save to be given a base: it costs the
 // reader a second frame.
 inline constexpr double base_gain = 0.1;
@@ -106,10 +104,13 @@ class Bases {
   size_t compress(uint32_t page, size_t alone, const std::vector<uint64_t>& offsets,
                   std::span<std::byte> out) {
     const auto bytes = at(page);
-    const SimilarPages::Sketch sketch = SimilarPages::sketch(bytes);
-    if (const auto base = similar_.find(sketch)) {
-      const uint64_t offset = offsets[*base];
-      ZSTD_CCtx_refPrefix(context_.get(), at(*base).data(), page_size);
+    const Sketch sketch(bytes);
+    candidates_.clear();
+    similar_->find(sketch, 0, candidates_);
+    if (const uint64_t found = most_frequent(candidates_); found != 0) {
+      const auto base = static_cast<uint32_t>(PageEntry::from_bits(found).offset / page_size);
+      const uint64_t offset = offsets[base];
+      ZSTD_CCtx_refPrefix(context_.get(), at(base).data(), page_size);
       const size_t used =
           sizeof offset + ZSTD_compress2(context_.get(), out.data() + sizeof offset,
                                          out.size() - sizeof offset, bytes.data(), bytes.size());
@@ -118,7 +119,7 @@ class Bases {
         return used;
       }
     }
-    similar_.add(sketch, page);
+    similar_->add(sketch, PageEntry{.offset = page * page_size}.pack_bits());
     return 0;
   }
 
@@ -129,7 +130,8 @@ class Bases {
 
   const Dump& dump_;
   Compressor context_;
-  SimilarPages similar_;
+  std::unique_ptr<SimilarPages> similar_ = must(SimilarPages::create(1 << 22));
+  std::vector<uint64_t> candidates_;
 };
 
 inline uint64_t checksum_of(StreamChecksum& sum, const layout::FrameHeader& header,
@@ -168,7 +170,7 @@ inline Packed pack(const Dump& dump, Way way, const Bytes& dictionary, int fd) {
     }
     packed.seconds += processor_seconds() - begin;
     if (way.bases && used > 0) {
-      header.codec = codec_based;
+      header.codec = layout::codec_delta;
       payload = std::span(based).first(used);
       ++packed.based;
     } else if (payload.size() == length) {
@@ -216,7 +218,7 @@ class Reader {
   // The pages of the frame at `offset`; valid until the next call.
   std::span<const std::byte> read(uint64_t offset) {
     const size_t length = load(offset);
-    if (header_.codec != codec_based) return {pages_.data(), decode_alone(length)};
+    if (header_.codec != layout::codec_delta) return {pages_.data(), decode_alone(length)};
 
     const Bytes own(payload().begin(), payload().end());
     uint64_t base = 0;

@@ -3,7 +3,10 @@
 // tried on all pages of a raw memory dump that an image would store, in frames
 // as an image has them.
 //
-//   codec_table RAW SCRATCH     SCRATCH is written, read and left; one JSON line a way
+//   codec_table RAW SCRATCH [images]
+//
+// SCRATCH is written, read and left; one JSON line a way. First come two images as
+// a snapshot writes them, without and with deltas; `images`: these alone.
 //
 // Compressing counts processor time; reading counts the time that a waiting
 // guest would see, with the file in the page cache and the pages at random.
@@ -13,11 +16,13 @@
 #include <zdict.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <string>
@@ -27,6 +32,8 @@
 #include "formats/checksum.h"
 #include "formats/file.h"
 #include "formats/image_layout.h"
+#include "formats/image_reader.h"
+#include "formats/image_writer.h"
 #include "tests/bench/codec_frames.h"
 
 namespace {
@@ -112,6 +119,54 @@ double at(const std::vector<double>& sorted, double share) {
   return sorted[static_cast<size_t>(share * static_cast<double>(sorted.size() - 1))];
 }
 
+// The image that a snapshot would be, by one thread, and its pages read back.
+void measure_image(const Dump& dump, bool deltas, const std::string& path) {
+  const Fd fd = must(open_file(path, O_RDWR | O_CREAT | O_TRUNC));
+  const size_t pages = dump.stored.size() / page_size;
+  ImageWriterOptions options;
+  options.deltas = deltas;
+  const auto writer = must(ImageWriter::create(fd.get(), path, pages, options));
+  ImageWriter::Encoder encoder;
+  const double begin = processor_seconds();
+  std::vector<uint64_t> numbers;
+  for (size_t first = 0; first < pages; first += numbers.size()) {
+    numbers.resize(std::min<size_t>(256, pages - first));
+    std::iota(numbers.begin(), numbers.end(), first);
+    must(writer->write_pages(encoder, numbers,
+                             std::span(dump.stored)
+                                 .subspan(first * page_size, numbers.size() * page_size)));
+  }
+  const double seconds = processor_seconds() - begin;
+  ImageInfo info;
+  info.regions.push_back({.name = "dump", .length = dump.stored.size()});
+  const uint64_t bytes = must(writer->finish(info, {}));
+
+  const auto image = must(ImageReader::open(path));
+  std::vector<double> times;
+  std::array<std::byte, page_size> page;
+  std::mt19937_64 random(3);
+  for (size_t i = 0; i < reads; ++i) {
+    const size_t number = random() % pages;
+    const auto start = Clock::now();
+    must(image->read_page(number, page));
+    times.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
+    if (std::memcmp(page.data(), &dump.stored[number * page_size], page_size) != 0) {
+      std::fprintf(stderr, "codec_table: page %zu came back changed\n", number);
+      std::exit(1);
+    }
+  }
+  std::sort(times.begin(), times.end());
+  std::printf("%s\n", nlohmann::json({{"vmsnap", deltas ? "--delta" : ""},
+                                      {"image", bytes},
+                                      {"compress_mb_s", static_cast<double>(dump.stored.size()) /
+                                                            seconds / 1e6},
+                                      {"p50_us", at(times, 0.5)},
+                                      {"p99_us", at(times, 0.99)}})
+                          .dump()
+                          .c_str());
+  std::fflush(stdout);
+}
+
 // All of an image but its frames, where every leaf is needed.
 uint64_t rest_of_image(const Dump& dump) {
   const uint64_t leaves = (dump.pages + layout::leaf_entries - 1) / layout::leaf_entries;
@@ -148,8 +203,8 @@ void measure(const Dump& dump, Way way, const Bytes& dictionary, const std::stri
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) {
-    std::fprintf(stderr, "usage: codec_table RAW SCRATCH\n");
+  if (argc != 3 && argc != 4) {
+    std::fprintf(stderr, "usage: codec_table RAW SCRATCH [images]\n");
     return 2;
   }
   const Dump dump = read_dump(argv[1]);
@@ -164,6 +219,9 @@ int main(int argc, char** argv) {
                                       {"stored", stored}})
                           .dump()
                           .c_str());
+  measure_image(dump, false, argv[2]);
+  measure_image(dump, true, argv[2]);
+  if (argc == 4) return 0;
   for (const size_t dictionary_bytes : {0, 16 << 10, 112 << 10}) {
     Bytes dictionary;
     if (dictionary_bytes > 0) {

@@ -31,7 +31,7 @@ class ImageForge {
       header.magic = layout::header_magic;
       trailer.magic = layout::trailer_magic;
       header.version = trailer.version = layout::format_version;
-      header.incompatible = 0;
+      header.incompatible &= layout::known_incompatible;
       trailer.id = header.id;
       trailer.file_length = image_.size();
     }

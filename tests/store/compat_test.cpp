@@ -4,6 +4,7 @@
 
 #include "formats/store/store_verify.h"
 #include "formats/verify.h"
+#include "tests/formats/similar_page.h"
 #include "tests/store/test_store.h"
 
 namespace vmsnap {
@@ -44,11 +45,10 @@ class OfVersion1 : public StoreTest {
   }
 };
 
-TEST_F(OfVersion1, AnImage) {
-  const std::string path = compat + "/image-v1.img";
+void expect_image(const std::string& name, const std::vector<PageBytes>& pages) {
+  const std::string path = compat + "/" + name;
   EXPECT_TRUE(verify_image(path)->ok());
   const auto image = ImageReader::open(path).value();
-  const std::vector<PageBytes> pages = pages_of_compat();
   ASSERT_EQ(image->page_count(), pages.size());
   for (size_t i = 0; i < pages.size(); ++i) {
     PageBytes page;
@@ -58,11 +58,35 @@ TEST_F(OfVersion1, AnImage) {
   EXPECT_EQ(image->device_state().value(), some_state(300));
 }
 
+TEST_F(OfVersion1, AnImage) { expect_image("image-v1.img", pages_of_compat()); }
+
 TEST_F(OfVersion1, AStore) { read_store("store-v1"); }
 
 TEST_F(OfVersion1, AnEncryptedStore) {
   seal_store("the key of the compatibility data");
   read_store("store-v1-sealed");
+}
+
+std::vector<PageBytes> pages_of_deltas() {
+  std::vector<PageBytes> pages;
+  for (uint64_t member = 0; member < 6; ++member) pages.push_back(similar_page(3, member));
+  pages.push_back(zero_page());
+  pages.push_back(text_page(1));
+  return pages;
+}
+
+class WithDeltas : public OfVersion1 {};
+
+TEST_F(WithDeltas, AnImageOfVersion1) { expect_image("image-v1-deltas.img", pages_of_deltas()); }
+
+TEST_F(WithDeltas, AStoreWithAPackOfVersion2) {
+  copy_store("store-v1-pack-v2");
+  const auto store = Store::open(options_).value();
+  const SnapshotList list = list_snapshots(*store, Where::snapshots).value();
+  ASSERT_EQ(list.snapshots.size(), 1u);
+  expect_pages(*store, list.snapshots[0].id, pages_of_deltas());
+  EXPECT_TRUE(verify_store(*store, {}).value().ok());
+  EXPECT_EQ(write(*store, pages_of_deltas()).counts.stored, 0u);
 }
 
 }  // namespace

@@ -28,7 +28,8 @@ class PackForge {
     if (also_lengths) {
       header.magic = layout::pack_magic;
       trailer.magic = layout::pack_end_magic;
-      header.version = trailer.version = layout::pack_version;
+      if (header.version != layout::pack_version_deltas) header.version = layout::pack_version;
+      trailer.version = header.version;
       header.flags &= layout::pack_sealed;
       header.reserved = {};
       trailer.reserved = {};
