@@ -26,7 +26,7 @@ def test_two_vms_night_after_night(world):
     guests = [victims.OrderedGuest(world) for _ in range(2)]
     store = world.path("store")
     config = write_config(world, store, [guest.qmp_socket for guest in guests],
-                          'max-age = "1h"\nsample = "100%"\n[keep]\nlast = 2\n',
+                          'max-age = "1h"\nsample = "100%"\ndelta = true\n[keep]\nlast = 2\n',
                           'tags = ["nightly"]')
     for night in range(3):
         events = run(world, config, "ok")

@@ -11,13 +11,13 @@ import victims
 MIB = 32
 
 
-def snapshot_and_judge(world, victim, times=2):
+def snapshot_and_judge(world, victim, times=2, options=()):
     files = checks.open_files(victim.pid)
     for _ in range(times):
         folder = world.directory("out")
         image = folder / "process.img"
         figures = world.vmsnap("snapshot", "--pid", victim.pid, *victim.range_arguments(),
-                               "--output", image, "--json").expect("ok").json
+                               "--output", image, "--json", *options).expect("ok").json
         checks.assert_only(folder, "process.img")
         checks.assert_unharmed(victim.pid, files)
         harness.verify(world, image)
@@ -35,6 +35,11 @@ def test_memory(world, memory):
     if memory == "thp":
         assert system.huge_kib(victim.pid) > 0, "no huge page was made"
     snapshot_and_judge(world, victim, times=3)
+
+
+def test_deltas(world):
+    """Compressing takes longer, and the instant is the same."""
+    snapshot_and_judge(world, victims.Writers(world, mib=MIB), options=["--delta"])
 
 
 @pytest.mark.parametrize("memory", ["hugetlb", "hugetlb-private"])

@@ -48,6 +48,29 @@ def test_original_and_restored_go_on(world, unprivileged):
     assert guest.pid not in [copy.pid for copy in copies]
 
 
+def test_deltas(world):
+    """A smaller image, made of the live guest or later, from which it goes on."""
+    guest = victims.LinuxGuest(world, mib=256, check_mib=4)
+    plain, _ = snapshot(world, guest)
+    small, _ = snapshot(world, guest, "--delta")
+    checks.assert_running(guest)
+    later = world.path("later.img")
+    world.vmsnap("export", plain, "--image", later, "--delta").expect("ok")
+    for image in (small, later):
+        assert image.stat().st_size < plain.stat().st_size * 0.97
+        world.vmsnap("verify", image).expect("ok")
+        run_dir = world.path("run")
+        world.vmsnap("restore", image, "--run-dir", run_dir).expect("ok")
+        victims.assert_linux_goes_on(qemu.restored(run_dir))
+    assert harness.export(world, later).read_bytes() == harness.export(world, plain).read_bytes()
+    farm = world.path("farm")
+    started = world.vmsnap("restore", small, "--clones", 2, "--run-dir", farm, "--detach",
+                           "--json").expect("ok").json
+    for clone in started["clones"]:
+        victims.assert_linux_goes_on(qemu.restored(farm / clone["clone"]))
+    world.vmsnap("clones", "--run-dir", farm, "--stop").expect("ok")
+
+
 def test_snapshot_of_a_restored_guest(world):
     """A restored VM is a VM like any other: it can be captured and restored."""
     guest = victims.LinuxGuest(world, mib=192, check_mib=4)

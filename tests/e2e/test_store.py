@@ -24,17 +24,18 @@ def assert_whole(world, store, *arguments):
     world.vmsnap("verify", "--store", store, *arguments).expect("ok")
 
 
-@pytest.mark.parametrize("sealed", [False, True], ids=["clear", "sealed"])
-def test_a_linux_guest_goes_on_from_each_snapshot(world, sealed):
+@pytest.mark.parametrize("sealed, deltas", [(False, []), (True, []), (True, ["--delta"])],
+                         ids=["clear", "sealed", "sealed-deltas"])
+def test_a_linux_guest_goes_on_from_each_snapshot(world, sealed, deltas):
     key = world.path("key")
     key.write_bytes(b"\x01\x02 any bytes")
     key.chmod(0o600)
     options = ["--key-file", key] if sealed else []
     guest = victims.LinuxGuest(world, mib=256, check_mib=4)
     store = world.path("store")
-    first = snapshot(world, store, "--qmp", guest.qmp_socket, "--tag", "a", *options)
+    first = snapshot(world, store, "--qmp", guest.qmp_socket, "--tag", "a", *options, *deltas)
     victims.assert_linux_goes_on(guest)
-    second = snapshot(world, store, "--qmp", guest.qmp_socket, *options)
+    second = snapshot(world, store, "--qmp", guest.qmp_socket, *options, *deltas)
     checks.assert_running(guest)
     assert second["pages"]["stored"] < first["pages"]["stored"] / 2, "nothing is shared"
     assert second["bytes"]["image"] < first["bytes"]["image"] / 2, "it costs more than it adds"

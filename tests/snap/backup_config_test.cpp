@@ -50,7 +50,7 @@ TEST(BackupConfig, TheSmallestHasTheDefaults) {
   EXPECT_EQ(config.key_file + config.passphrase_file + config.passphrase_command, "");
   EXPECT_EQ(config.lock_wait, 10min);
   EXPECT_EQ(config.sample, 0.05);
-  EXPECT_FALSE(config.level || config.cpus || config.memory || config.bandwidth || config.keep);
+  EXPECT_FALSE(config.level || config.delta || config.cpus || config.memory || config.bandwidth || config.keep);
   ASSERT_EQ(config.vms.size(), 1u);
   const BackupVm& vm = config.vms[0];
   EXPECT_EQ(vm.qmp, "/q");
@@ -72,6 +72,7 @@ passphrase-command = """
 lock-wait = "90s"
 sample = "12.5%"
 level = -7
+delta = true
 cpus = 256
 memory = "512M"
 bandwidth = "1.5G"
@@ -105,6 +106,7 @@ qmp = "/run/db.qmp"
   EXPECT_EQ(config.lock_wait, 90s);
   EXPECT_EQ(config.sample, 0.125);
   EXPECT_EQ(config.level, -7);
+  EXPECT_TRUE(config.delta);
   EXPECT_EQ(config.cpus, 256);
   EXPECT_EQ(config.memory, uint64_t{512} << 20);
   EXPECT_EQ(config.bandwidth, uint64_t{3} << 29);
@@ -189,7 +191,8 @@ TEST(BackupConfig, RelativePathsAreRefused) {
 
 TEST(BackupConfig, WrongTypesAndValues) {
   for (const char* line :
-       {"level = 20", "level = -8", "level = \"3\"", "level = 1.5", "cpus = 0", "cpus = 257", "memory = 5", "memory = \"x\"", "bandwidth = \"0\"",
+       {"level = 20", "level = -8", "level = \"3\"", "level = 1.5", "delta = 1",
+        "delta = \"true\"", "cpus = 0", "cpus = 257", "memory = 5", "memory = \"x\"", "bandwidth = \"0\"",
         "cpus = 99999999999", "lock-wait = 10", "lock-wait = \"10\"", "lock-wait = \"0s\"",
         "lock-wait = \"1y\"", "max-age = \"-1h\"", "max-age = true", "sample = 5", "sample = \"5\"",
         "sample = \"101%\"", "sample = \"-1%\"", "sample = \"nan%\"", "sample = \"inf%\"", "sample = \"%\"",
