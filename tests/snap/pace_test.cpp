@@ -46,6 +46,8 @@ TEST(MemoryBudget, StaysWithinTheLimit) {
   const uint64_t small = *staging_within(80 * mib, needs);
   EXPECT_GE(small, 8 * mib);
   EXPECT_LT(small, 40 * mib);
+  EXPECT_EQ(*staging_within(80 * mib, {.pages = needs.pages, .workers = 2, .deltas = true}),
+            small - 16 * mib);
   const auto refused = staging_within(32 * mib, needs);
   ASSERT_FALSE(refused);
   EXPECT_EQ(refused.error().code(), ErrorCode::usage);
