@@ -142,7 +142,7 @@ inline uint64_t checksum_of(StreamChecksum& sum, const layout::FrameHeader& head
   return sum.value();
 }
 
-// Frames as formats/page_codec.cpp makes them, which knows only one page alone.
+// Frames as formats/page_codec.cpp makes them, and others.
 inline Packed pack(const Dump& dump, Way way, const Bytes& dictionary, int fd) {
   const Compressor context = compressor(way.level);
   const std::unique_ptr<ZSTD_CDict, decltype(&ZSTD_freeCDict)> prepared(
