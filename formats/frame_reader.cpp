@@ -22,7 +22,7 @@ namespace {
 struct Scratch {
   FrameDecoder decoder;
   std::vector<std::byte> frame = std::vector<std::byte>(layout::max_frame_bytes(1));
-  std::vector<std::byte> base_frame;  // only for delta frames
+  std::vector<std::byte> base_frame = frame;  // of a delta frame's base
   std::array<std::byte, page_size> base;
   std::vector<std::byte> pages;  // only for frames of several pages
 };
@@ -101,14 +101,13 @@ Status read_base(const FrameSource& source, uint64_t offset, uint64_t delta, Scr
     return damaged(source.name, "the page frame at byte {} has an impossible base, at byte {}",
                    delta, offset);
   }
-  scratch.base_frame.resize(layout::max_frame_bytes(1));
   const Frame base = VMSNAP_TRY(read_frame(source, offset, scratch.decoder, scratch.base_frame));
   if (base.header.codec == layout::codec_delta || base.header.last_slot != 0) {
     return damaged(source.name, "the page frame at byte {} has a base, at byte {}, that cannot be one",
                    delta, offset);
   }
   if (!scratch.decoder.decode(base.header, base.content, {}, scratch.base)) {
-    return damaged(source.name, "the page frame at byte {} cannot be decoded to its 1 pages", offset);
+    return damaged(source.name, "the page frame at byte {} cannot be decoded to its page", offset);
   }
   return {};
 }

@@ -25,9 +25,9 @@
 namespace vmsnap {
 
 struct ImageWriterOptions {
-  std::optional<int> level;  // of zstd; without, the one that pays
+  std::optional<int> level = {};  // of zstd; without, the one that pays
   // Whether pages become deltas of similar ones where that saves a tenth: a
-  // smaller image, which takes some four times as long to compress.
+  // smaller image, which takes three to four times as long to compress.
   bool deltas = false;
   // Entries of the duplicate-page hint table, 16 bytes each; older hints are
   // overwritten when it is full, which costs space, never data.
@@ -35,7 +35,7 @@ struct ImageWriterOptions {
   // Of the table of similar pages, 16 bytes each, if there are deltas.
   size_t similar_slots = 1 << 20;
   // 64-bit content hash; tests replace it by one that always collides.
-  std::function<uint64_t(std::span<const std::byte>)> hash;  // empty: XXH3-64
+  std::function<uint64_t(std::span<const std::byte>)> hash = {};  // empty: XXH3-64
 
   int zstd_level() const { return level.value_or(deltas ? level_with_deltas : level_alone); }
 };

@@ -61,24 +61,25 @@ Result<std::unique_ptr<SimilarPages>> SimilarPages::create(size_t slots) {
   return pages;
 }
 
+uint64_t SimilarPages::entry_of(uint64_t hash, uint64_t pack) const {
+  Slot& slot = slot_of(hash);
+  const uint64_t entry = load(slot.entry);
+  return load(slot.hash) == hash && PageEntry::from_bits(entry).pack == pack ? entry : 0;
+}
+
 void SimilarPages::find(const Sketch& sketch, uint64_t pack, std::vector<uint64_t>& found) const {
   for (const uint64_t hash : sketch.hashes()) {
-    Slot& slot = slot_of(hash);
-    const uint64_t entry = load(slot.entry);
-    if (entry != 0 && load(slot.hash) == hash && PageEntry::from_bits(entry).pack == pack) {
-      found.push_back(entry);
-    }
+    if (const uint64_t entry = entry_of(hash, pack); entry != 0) found.push_back(entry);
   }
 }
 
 void SimilarPages::add(const Sketch& sketch, uint64_t entry) {
   const uint64_t pack = PageEntry::from_bits(entry).pack;
   for (const uint64_t hash : sketch.hashes()) {
-    Slot& slot = slot_of(hash);
-    const uint64_t there = load(slot.entry);
     // The first page with a hash keeps it: the more often one is the base of
     // others, the sooner it is in the page cache.
-    if (there != 0 && load(slot.hash) == hash && PageEntry::from_bits(there).pack == pack) continue;
+    if (entry_of(hash, pack) != 0) continue;
+    Slot& slot = slot_of(hash);
     store(slot.hash, hash);
     store(slot.entry, entry);
   }

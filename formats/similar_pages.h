@@ -65,6 +65,7 @@ class SimilarPages {
   SimilarPages() = default;
   // The low bits: the hashes of sketches are small numbers.
   Slot& slot_of(uint64_t hash) const { return slots_[hash & (slots_.size() - 1)]; }
+  uint64_t entry_of(uint64_t hash, uint64_t pack) const;  // or 0
 
   mutable SparseArray<Slot> slots_;
 };

@@ -77,7 +77,7 @@ Status BackupRun::snapshot(const BackupVm& vm) {
                               : std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
   options.memory = config_.memory;
   options.bytes_per_second = config_.bandwidth.value_or(0);
-  if (config_.level) options.level = static_cast<int>(*config_.level);
+  options.level = config_.level;
   options.deltas = config_.delta;
   const auto summary = snapshot_vm(vm.qmp, options, [](SnapshotPhase, const CaptureCounters*) {});
   if (summary) {

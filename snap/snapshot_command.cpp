@@ -196,8 +196,7 @@ void add_snapshot_command(CLI::App& app, CommandContext& context) {
                       "'keep' them whole (default), or 'split' those that are written to")
       ->type_name("keep|split")
       ->check(CLI::IsMember({"keep", "split"}));
-  command->add_flag("--delta", arguments->options.deltas,
-                    "Store pages as differences from similar ones: smaller, and slower");
+  add_delta_option(*command, arguments->options.deltas);
   command->add_option("--level", arguments->options.level, "zstd level (default 1; 5 with --delta)")
       ->type_name("N")
       ->check(CLI::Range(-7, 19));

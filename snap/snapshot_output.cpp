@@ -12,10 +12,7 @@ namespace vmsnap {
 namespace {
 
 ImageWriterOptions writer_options(const SnapshotOptions& options) {
-  ImageWriterOptions writer;
-  writer.level = options.level;
-  writer.deltas = options.deltas;
-  return writer;
+  return {.level = options.level, .deltas = options.deltas};
 }
 
 class FileOutput : public SnapshotOutput {

@@ -37,16 +37,10 @@ Status copy_pages(const ImageReader& from, ImageWriter& to) {
   }
 }
 
-ImageWriterOptions with_deltas(bool deltas) {
-  ImageWriterOptions options;
-  options.deltas = deltas;
-  return options;
-}
-
 Result<uint64_t> copy_to_fd(const ImageReader& image, int fd, const std::string& name,
                             bool deltas) {
   const auto writer =
-      VMSNAP_TRY(ImageWriter::create(fd, name, image.page_count(), with_deltas(deltas)));
+      VMSNAP_TRY(ImageWriter::create(fd, name, image.page_count(), {.deltas = deltas}));
   VMSNAP_CHECK(copy_pages(image, *writer));
   ImageInfo info = image.info();
   info.domain.clear();
@@ -90,7 +84,7 @@ Result<Imported> import_image(const Store& store, const ImageReader& image,
   for (const std::string& tag : tags) info.tags.push_back(tag);
   const auto writer = VMSNAP_TRY(StoreWriter::begin(
       store, info.regions,
-      {.vm = vm_name(info), .domain = domain, .image = with_deltas(deltas)}));
+      {.vm = vm_name(info), .domain = domain, .image = {.deltas = deltas}}));
   VMSNAP_CHECK(copy_pages(image, writer->image()));
   const auto committed = VMSNAP_TRY(writer->commit(info, VMSNAP_TRY(image.device_state()),
                                                    VMSNAP_TRY(image.working_set())));

@@ -39,6 +39,11 @@ CLI::Option* add_store_option(CLI::App& command, StoreArgument& argument) {
   return option;
 }
 
+CLI::Option* add_delta_option(CLI::App& command, bool& deltas) {
+  return command.add_flag("--delta", deltas,
+                          "Store pages as differences from similar ones: smaller, and slower");
+}
+
 CLI::Option* add_image_argument(CLI::App& command, ImageArgument& argument) {
   CLI::Option* option = command.add_option(
       "FILE", argument.name,

@@ -22,6 +22,9 @@ struct StoreArgument {
 // --store DIR, and the options that say what its key is.
 CLI::Option* add_store_option(CLI::App& command, StoreArgument& argument);
 
+// --delta: see ImageWriterOptions.
+CLI::Option* add_delta_option(CLI::App& command, bool& deltas);
+
 struct ImageArgument {
   std::string name;  // a path; with a store an id, the beginning of one, or "latest"
   StoreArgument store;

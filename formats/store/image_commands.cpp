@@ -318,10 +318,7 @@ void add_export(CLI::App& app, CommandContext& context) {
   auto* to_image =
       command->add_option("--image", options->to_image,
                           "Where to, as an image file that needs no store; '-' is standard output");
-  command
-      ->add_flag("--delta", options->deltas,
-                 "Store pages as differences from similar ones: smaller, and slower")
-      ->needs(to_image);
+  add_delta_option(*command, options->deltas)->needs(to_image);
   command->add_flag("-f,--force", options->force, "Replace the output file if it exists");
   command->footer(
       "Examples:\n"

@@ -34,9 +34,10 @@ class DomainRepack {
       : store_(store),
         domain_(std::move(domain)),
         old_(std::move(packs)),
-        deltas_(std::ranges::any_of(old_, [](const auto& pack) { return pack.second.deltas; })),
+        options_{.deltas = std::ranges::any_of(
+                     old_, [](const auto& pack) { return pack.second.deltas; })},
         new_(store.paths(), store.master()),
-        sink_(store.paths(), new_, pack_bytes, deltas_, store.master()) {}
+        sink_(store.paths(), new_, pack_bytes, options_.deltas, store.master()) {}
 
   Status run(RepackReport& report);
 
@@ -60,7 +61,7 @@ class DomainRepack {
   const Store& store_;
   const std::string domain_;
   const std::map<layout::ImageId, SparsePack> old_;
-  const bool deltas_;
+  const ImageWriterOptions options_;  // what the new packs are like
   PackSet new_;
   PackSink sink_;
   Moved moved_;
@@ -95,8 +96,7 @@ Status DomainRepack::add(uint64_t old_key, std::unordered_map<uint64_t, uint64_t
 }
 
 Status DomainRepack::flush() {
-  const int level = deltas_ ? level_with_deltas : level_alone;
-  VMSNAP_TRY(frames_.write(sink_, level, similar_.get(), pages_));
+  VMSNAP_TRY(frames_.write(sink_, options_.zstd_level(), similar_.get(), pages_));
   for (size_t k = 0; k < waiting_.size(); ++k) *waiting_[k] = pages_[k].entry;
   waiting_.clear();
   pages_.clear();
@@ -228,7 +228,7 @@ void DomainRepack::add_to_index() const {
 }
 
 Status DomainRepack::run(RepackReport& report) {
-  if (deltas_) similar_ = VMSNAP_TRY(SimilarPages::create(ImageWriterOptions().similar_slots));
+  if (options_.deltas) similar_ = VMSNAP_TRY(SimilarPages::create(options_.similar_slots));
   std::vector<std::string> paths;
   for (const std::string& id : VMSNAP_TRY(manifest_ids(store_.paths().snapshots()))) {
     const std::string path = store_.paths().snapshot(id);

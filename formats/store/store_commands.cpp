@@ -145,8 +145,7 @@ void add_import(CLI::App& app, CommandContext& context) {
   command->add_option("--dedup-domain", options->domain,
                       "Share pages only with snapshots of the same domain")
       ->type_name("NAME");
-  command->add_flag("--delta", options->deltas,
-                    "Store pages as differences from similar ones: smaller, and slower");
+  add_delta_option(*command, options->deltas);
   command->footer(
       "Examples:\n"
       "  vmsnap import vm.img --store /backup/vms --tag imported");

@@ -357,8 +357,9 @@ Status StoreVerifier::check_page(const std::string& path, const PackSet& files,
   }
   std::array<std::byte, page_size> bytes;
   if (pack.known == Pack::Known::damaged) {
-    VMSNAP_CHECK(check_doubts(pack.check, VMSNAP_TRY(files.source(entry.pack)), entry.offset));
-    return read_stored_page(files, bits, bytes);
+    const FrameSource source = VMSNAP_TRY(files.source(entry.pack));
+    VMSNAP_CHECK(check_doubts(pack.check, source, entry.offset));
+    return read_stored_page(source, bits, bytes);
   }
   if (entry.slot != 0) return read_stored_page(files, bits, bytes);
   if (entry.offset < row.frames_end && VMSNAP_TRY(tables_.begins(row.id, entry.offset))) return {};

@@ -123,9 +123,7 @@ double at(const std::vector<double>& sorted, double share) {
 void measure_image(const Dump& dump, bool deltas, const std::string& path) {
   const Fd fd = must(open_file(path, O_RDWR | O_CREAT | O_TRUNC));
   const size_t pages = dump.stored.size() / page_size;
-  ImageWriterOptions options;
-  options.deltas = deltas;
-  const auto writer = must(ImageWriter::create(fd.get(), path, pages, options));
+  const auto writer = must(ImageWriter::create(fd.get(), path, pages, {.deltas = deltas}));
   ImageWriter::Encoder encoder;
   const double begin = processor_seconds();
   std::vector<uint64_t> numbers;
