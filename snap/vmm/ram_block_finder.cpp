@@ -29,7 +29,9 @@ struct Candidate {
 
 class CandidateSearch {
  public:
-  explicit CandidateSearch(const std::vector<RamBlockLine>& lines) : lines_(lines) {}
+  explicit CandidateSearch(const std::vector<RamBlockLine>& lines) : lines_(lines) {
+    for (const RamBlockLine& line : lines) length_bits_ |= line.used | line.total;
+  }
 
   // `bytes` starts at a multiple of 8.
   void look_through(std::span<const std::byte> bytes) {
@@ -37,7 +39,8 @@ class CandidateSearch {
     for (size_t at = first; at + bytes_after <= bytes.size(); at += 8) {
       std::array<uint64_t, 3> words;
       std::memcpy(words.data(), bytes.data() + at, sizeof words);
-      if (words[2] == 0 || words[1] > words[2]) continue;
+      // Most words are no lengths of blocks, which are multiples of some pages.
+      if (words[2] == 0 || ((words[1] | words[2]) & ~length_bits_) != 0) continue;
       for (const RamBlockLine& line : lines_) {
         if (words[0] != line.offset || words[1] != line.used || words[2] != line.total) continue;
         if (name_follows(bytes.subspan(at, bytes_after), line.name)) add(bytes, at, line.name);
@@ -63,6 +66,7 @@ class CandidateSearch {
   }
 
   const std::vector<RamBlockLine>& lines_;
+  uint64_t length_bits_ = 0;  // that some length has
   std::vector<Candidate> found_;
 };
 
@@ -71,6 +75,28 @@ bool may_be_heap(const Mapping& mapping) {
   return mapping.readable && mapping.writable && !mapping.executable && !mapping.shared &&
          mapping.inode == 0 && mapping.range.length <= largest_heap_mapping &&
          mapping.path != "[stack]";
+}
+
+// What of a mapping is no block whose address is known: that is the guest's, and
+// could hold anything.
+std::vector<RemoteRange> without_blocks(RemoteRange range, const std::vector<RamBlockLine>& lines,
+                                        const KnownHosts& known) {
+  std::map<RemotePtr, RemotePtr> blocks;  // start, end
+  for (const RamBlockLine& line : lines) {
+    const auto host = known.find(line.name);
+    if (host != known.end()) blocks.emplace(host->second, host->second + line.total);
+  }
+  std::vector<RemoteRange> left;
+  RemotePtr from = range.start;
+  const auto up_to = [&](RemotePtr end) {
+    if (from < end) left.push_back({from, end - from});
+  };
+  for (const auto& [start, end] : blocks) {
+    up_to(std::min(start, range.end()));
+    from = std::max(from, end);
+  }
+  up_to(range.end());
+  return left;
 }
 
 // How many words before the offset the host address stands: the one distance
@@ -116,15 +142,17 @@ Result<std::map<std::string, RemotePtr>> find_block_hosts(const Process& process
     if (!may_be_heap(mapping)) continue;
     // Reading an absent page would make it present: of a guest's memory, too,
     // which looks like a heap when it is small.
-    for (const RemoteRange& run : VMSNAP_TRY(page_map.populated(mapping.range))) {
-      for (uint64_t offset = 0; offset < run.length; offset += piece_bytes - overlap) {
-        const uint64_t length = std::min<uint64_t>(piece_bytes, run.length - offset);
-        const auto piece = std::span(buffer).subspan(words_before * 8, length);
-        const auto behind = std::span(buffer).subspan(words_before * 8 + length, bytes_after);
-        std::fill(behind.begin(), behind.end(), std::byte{0});
-        // The heap may shrink under us; what is gone cannot hold the list.
-        if (!process.read(run.start + offset, piece)) continue;
-        search.look_through(std::span(buffer).first(words_before * 8 + length + bytes_after));
+    for (const RemoteRange& part : without_blocks(mapping.range, lines, known)) {
+      for (const RemoteRange& run : VMSNAP_TRY(page_map.populated(part))) {
+        for (uint64_t offset = 0; offset < run.length; offset += piece_bytes - overlap) {
+          const uint64_t length = std::min<uint64_t>(piece_bytes, run.length - offset);
+          const auto piece = std::span(buffer).subspan(words_before * 8, length);
+          const auto behind = std::span(buffer).subspan(words_before * 8 + length, bytes_after);
+          std::fill(behind.begin(), behind.end(), std::byte{0});
+          // The heap may shrink under us; what is gone cannot hold the list.
+          if (!process.read(run.start + offset, piece)) continue;
+          search.look_through(std::span(buffer).first(words_before * 8 + length + bytes_after));
+        }
       }
     }
   }

@@ -17,7 +17,8 @@ namespace vmsnap {
 using KnownHosts = std::map<std::string, RemotePtr>;
 
 // The address of every block in `lines`. Reads the private writable memory of
-// QEMU in pieces of 4 MiB, mappings over 256 MiB (guest RAM) left out.
+// QEMU in pieces of 4 MiB; mappings over 256 MiB and the blocks of `known`, both
+// guest RAM, are left out.
 // ErrorCode::refused names a block that is not found, or found twice with
 // different addresses.
 Result<std::map<std::string, RemotePtr>> find_block_hosts(const Process& process,
