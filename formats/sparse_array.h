@@ -22,7 +22,12 @@ class SparseArray {
   static_assert(std::is_trivially_copyable_v<T>);
 
  public:
-  static Result<SparseArray> create(uint64_t size) {
+  enum class Touched {
+    in_parts,   // huge pages would make one entry cost 2 MiB
+    all_over,   // they save a fault and a TLB miss for most entries
+  };
+
+  static Result<SparseArray> create(uint64_t size, Touched touched = Touched::in_parts) {
     SparseArray array;
     if (size > std::numeric_limits<size_t>::max() / sizeof(T)) {
       return fail_errno(ENOMEM, "cannot reserve address space");
@@ -34,8 +39,9 @@ class SparseArray {
     if (memory == MAP_FAILED) {
       return fail_errno(errno, "cannot reserve {} bytes of address space", array.bytes_);
     }
-    // With huge pages one touched entry would cost 2 MiB. Advice only.
-    (void)::madvise(memory, array.bytes_, MADV_NOHUGEPAGE);
+    // Advice only.
+    (void)::madvise(memory, array.bytes_,
+                    touched == Touched::all_over ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     array.data_ = static_cast<T*>(memory);
     array.size_ = size;
     return array;
