@@ -18,7 +18,7 @@ Result<std::unique_ptr<HintTable>> HintTable::create(size_t entries) {
   // No fewer sets than stripes, or two stripes would guard one set.
   const size_t sets = std::bit_ceil(std::max(entries / ways, stripe_count));
   std::unique_ptr<HintTable> table(new HintTable);
-  table->sets_ = VMSNAP_TRY(SparseArray<Set>::create(sets, SparseArray<Set>::Touched::all_over));
+  table->sets_ = VMSNAP_TRY(SparseArray<Set>::create(sets, Touched::all_over));
   return table;
 }
 

@@ -15,6 +15,11 @@
 
 namespace vmsnap {
 
+enum class Touched {
+  in_parts,  // huge pages would make one entry cost 2 MiB
+  all_over,  // they save a fault and a TLB miss for most entries
+};
+
 // T must be valid as all zero bits. Rounded up to whole 4096-byte pages, which
 // are readable as zeros past size(). Not synchronised.
 template <class T>
@@ -22,11 +27,6 @@ class SparseArray {
   static_assert(std::is_trivially_copyable_v<T>);
 
  public:
-  enum class Touched {
-    in_parts,   // huge pages would make one entry cost 2 MiB
-    all_over,   // they save a fault and a TLB miss for most entries
-  };
-
   static Result<SparseArray> create(uint64_t size, Touched touched = Touched::in_parts) {
     SparseArray array;
     if (size > std::numeric_limits<size_t>::max() / sizeof(T)) {

@@ -33,6 +33,24 @@ class CandidateSearch {
     for (const RamBlockLine& line : lines) length_bits_ |= line.used | line.total;
   }
 
+  // All of the run is present.
+  void read(const Process& process, RemoteRange run) {
+    // Pieces overlap, so that nothing is cut in two.
+    constexpr uint64_t overlap = words_before * 8 + bytes_after;
+    for (uint64_t offset = 0; offset < run.length; offset += piece_bytes - overlap) {
+      const uint64_t length = std::min<uint64_t>(piece_bytes, run.length - offset);
+      const auto piece = std::span(buffer_).subspan(words_before * 8, length);
+      const auto behind = std::span(buffer_).subspan(words_before * 8 + length, bytes_after);
+      std::fill(behind.begin(), behind.end(), std::byte{0});
+      // The heap may shrink under us; what is gone cannot hold the list.
+      if (!process.read(run.start + offset, piece)) continue;
+      look_through(std::span(buffer_).first(words_before * 8 + length + bytes_after));
+    }
+  }
+
+  const std::vector<Candidate>& found() const { return found_; }
+
+ private:
   // `bytes` starts at a multiple of 8.
   void look_through(std::span<const std::byte> bytes) {
     const size_t first = words_before * 8;
@@ -48,9 +66,6 @@ class CandidateSearch {
     }
   }
 
-  const std::vector<Candidate>& found() const { return found_; }
-
- private:
   static bool name_follows(std::span<const std::byte> bytes, const std::string& name) {
     const auto* begin = reinterpret_cast<const char*>(bytes.data());
     const std::string_view text(begin, bytes.size());
@@ -67,6 +82,9 @@ class CandidateSearch {
 
   const std::vector<RamBlockLine>& lines_;
   uint64_t length_bits_ = 0;  // that some length has
+  // Zeros on both sides: what absent memory next to a run would read as. A block
+  // at the end of the heap is described right where the run ends.
+  std::vector<std::byte> buffer_ = std::vector<std::byte>(words_before * 8 + piece_bytes + bytes_after);
   std::vector<Candidate> found_;
 };
 
@@ -133,27 +151,12 @@ Result<std::map<std::string, RemotePtr>> find_block_hosts(const Process& process
                                                           const KnownHosts& known) {
   const PageMap page_map = VMSNAP_TRY(PageMap::open(process));
   CandidateSearch search(lines);
-  // Zeros on both sides: what absent memory next to a run would read as. A block
-  // at the end of the heap is described right where the run ends.
-  std::vector<std::byte> buffer(words_before * 8 + piece_bytes + bytes_after);
-  // Pieces overlap, so that nothing is cut in two.
-  constexpr uint64_t overlap = words_before * 8 + bytes_after;
   for (const Mapping& mapping : mappings) {
     if (!may_be_heap(mapping)) continue;
-    // Reading an absent page would make it present: of a guest's memory, too,
-    // which looks like a heap when it is small.
     for (const RemoteRange& part : without_blocks(mapping.range, lines, known)) {
-      for (const RemoteRange& run : VMSNAP_TRY(page_map.populated(part))) {
-        for (uint64_t offset = 0; offset < run.length; offset += piece_bytes - overlap) {
-          const uint64_t length = std::min<uint64_t>(piece_bytes, run.length - offset);
-          const auto piece = std::span(buffer).subspan(words_before * 8, length);
-          const auto behind = std::span(buffer).subspan(words_before * 8 + length, bytes_after);
-          std::fill(behind.begin(), behind.end(), std::byte{0});
-          // The heap may shrink under us; what is gone cannot hold the list.
-          if (!process.read(run.start + offset, piece)) continue;
-          search.look_through(std::span(buffer).first(words_before * 8 + length + bytes_after));
-        }
-      }
+      // Reading an absent page would make it present: of a guest's memory, too,
+      // which looks like a heap when it is small.
+      for (const RemoteRange& run : VMSNAP_TRY(page_map.populated(part))) search.read(process, run);
     }
   }
 

@@ -41,51 +41,46 @@ class RamBlockFinder : public testing::Test {
     return find_block_hosts(process, mappings_, {ram_, rom_}, known_);
   }
 
+  void expect_both() {
+    const auto hosts = find();
+    ASSERT_TRUE(hosts) << hosts.error().message();
+    EXPECT_EQ(hosts->at("pc.ram"), ram_host_);
+    EXPECT_EQ(hosts->at("vga.rom"), rom_host_);
+  }
+
   const RamBlockLine ram_ = {.name = "pc.ram", .offset = 0, .used = length, .total = length};
   const RamBlockLine rom_ = {.name = "vga.rom", .offset = length, .used = 0x10000, .total = 0x10000};
   const RemotePtr rom_host_{0x7f0000400000};
   std::vector<Mapping> mappings_;
-  KnownHosts known_;
+  const RemotePtr ram_host_ = map(), heap_ = map();
+  const KnownHosts known_ = {{"pc.ram", ram_host_}};
 };
 
 TEST_F(RamBlockFinder, IsCalibratedOnWhatIsKnown) {
-  const RemotePtr ram = map(), heap = map();
-  known_ = {{"pc.ram", ram}};
-  describe(heap + 4096, ram_, ram);
-  describe(heap + 70000 * 8, rom_, rom_host_);
-  const auto hosts = find();
-  ASSERT_TRUE(hosts) << hosts.error().message();
-  EXPECT_EQ(hosts->at("pc.ram"), ram);
-  EXPECT_EQ(hosts->at("vga.rom"), rom_host_);
+  describe(heap_ + 4096, ram_, ram_host_);
+  describe(heap_ + 70000 * 8, rom_, rom_host_);
+  expect_both();
 }
 
 TEST_F(RamBlockFinder, DoesNotBelieveTheGuest) {
-  const RemotePtr heap = map(), ram = map();
-  known_ = {{"pc.ram", ram}};
-  describe(heap + 4096, ram_, ram);
-  describe(heap + 8192, rom_, rom_host_);
+  describe(heap_ + 4096, ram_, ram_host_);
+  describe(heap_ + 8192, rom_, rom_host_);
   for (const uint64_t at : {uint64_t{0}, uint64_t{4096}, length - 4096}) {
-    describe(ram + at + 64, rom_, rom_host_ + 4096);
+    describe(ram_host_ + at + 64, rom_, rom_host_ + 4096);
   }
-  const auto hosts = find();
-  ASSERT_TRUE(hosts) << hosts.error().message();
-  EXPECT_EQ(hosts->at("vga.rom"), rom_host_);
+  expect_both();
 }
 
 TEST_F(RamBlockFinder, RefusesTwoAddresses) {
-  const RemotePtr ram = map(), heap = map();
-  known_ = {{"pc.ram", ram}};
-  describe(heap + 4096, ram_, ram);
-  describe(heap + 8192, rom_, rom_host_);
-  describe(heap + 12288, rom_, rom_host_ + 4096);
+  describe(heap_ + 4096, ram_, ram_host_);
+  describe(heap_ + 8192, rom_, rom_host_);
+  describe(heap_ + 12288, rom_, rom_host_ + 4096);
   EXPECT_EQ(find().error().code(), ErrorCode::refused);
 }
 
 TEST_F(RamBlockFinder, RefusesWhatItCannotFind) {
-  const RemotePtr ram = map(), heap = map();
-  known_ = {{"pc.ram", ram}};
   EXPECT_EQ(find().error().code(), ErrorCode::refused);
-  describe(heap + 4096, ram_, ram);
+  describe(heap_ + 4096, ram_, ram_host_);
   const auto hosts = find();
   ASSERT_FALSE(hosts);
   EXPECT_NE(hosts.error().message().find("'vga.rom'"), std::string::npos);
