@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <numeric>
+#include <optional>
 
 #include "formats/checksum.h"
 #include "formats/page_entry.h"
@@ -97,6 +97,9 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const uint
   scratch.leaders.resize(count);
   scratch.by_hash.clear();
   PageCounts counts;
+  // Of pages that are alike one after the other only the first is hashed.
+  std::optional<uint32_t> hashed;
+  scratch.repeats.clear();
   for (uint32_t k = 0; k < count; ++k) {
     const Page page = page_at(pages, k);
     scratch.leaders[k] = settled;
@@ -104,11 +107,18 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const uint
     if (is_zero(page)) {
       ++counts.zero;
     } else if (entries[k] = known_ ? known_->same_place(numbers[k], page) : 0; entries[k] == 0) {
+      if (hashed && same_bytes(page_at(pages, *hashed), page)) {
+        scratch.hashes[k] = scratch.hashes[*hashed];
+        scratch.repeats.emplace_back(k, *hashed);
+        continue;
+      }
       scratch.hashes[k] = options_.hash(page);
       scratch.by_hash.emplace_back(scratch.hashes[k], k);
+      hashed = k;
     }
   }
   find_leaders(scratch, pages);
+  for (const auto& [k, first] : scratch.repeats) scratch.leaders[k] = scratch.leaders[first];
 
   scratch.pending.clear();
   for (uint32_t k = 0; k < count; ++k) {

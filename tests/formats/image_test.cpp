@@ -166,6 +166,30 @@ TEST(Image, OnePatternEverywhereIsStoredOnce) {
   expect_pages(*ImageReader::open(path).value(), pages);
 }
 
+// Of a run only the first is hashed: runs of all lengths, over the ends of batches
+// too, of pages that differ in their last byte only, some with a zero page inside.
+TEST(Image, RunsOfOnePageAreStoredOnce) {
+  TempDirectory directory;
+  const std::string path = directory.file("a.img");
+  std::vector<PageBytes> pages;
+  for (size_t length = 1; length < 40; ++length) {
+    PageBytes page = text_page(3);
+    page.back() = static_cast<std::byte>(length % 3);
+    pages.insert(pages.end(), length, page);
+    if (length % 2) pages[pages.size() - length / 2 - 1] = zero_page();
+  }
+  ImageWriterOptions colliding;
+  colliding.hash = [](auto) { return uint64_t{42}; };
+  for (const ImageWriterOptions& options : {ImageWriterOptions(), colliding}) {
+    const PageCounts counts = write_image(path, pages, {pages.size()}, {}, options);
+    EXPECT_EQ(counts.zero, 20u);
+    EXPECT_EQ(counts.stored + counts.duplicate, pages.size() - 20);
+    if (!options.hash) EXPECT_EQ(counts.stored, 3u);
+    expect_pages(*ImageReader::open(path).value(), pages);
+    expect_whole(path);
+  }
+}
+
 // Four threads, each with every fourth batch; half of the contents are shared.
 TEST(Image, FourWritersStoreEachContentOnce) {
   TempDirectory directory;
