@@ -46,6 +46,7 @@ Result<uint64_t> FrameBatch::encode(FrameSink& sink, std::optional<uint64_t> pac
   uses_pack_ = false;
   uint64_t used = 0;
   for (size_t k = 0; k < pages.size(); ++k) {
+    if (between_pages_) between_pages_();
     starts_.push_back({.offset = used});
     const auto out = std::span(frames_).subspan(used);
     size_t length = encoder_.encode(pages[k].bytes, sink.sealed(), out);

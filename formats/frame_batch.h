@@ -8,6 +8,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <unordered_map>
@@ -37,6 +38,9 @@ class FrameBatch {
     uint64_t entry = 0;  // out: its packed PageEntry
   };
 
+  // Called before each page is compressed; empty for nothing.
+  void set_between_pages(std::function<void()> between) { between_pages_ = std::move(between); }
+
   // Writes all pages, at most max_pages, with one write of the sink, and sets
   // their entries. `similar` may be null, and is borrowed. Returns the bytes they
   // take. Blocks on the disk; after an error the sink is of no use.
@@ -54,6 +58,7 @@ class FrameBatch {
                            std::span<const Page> pages, size_t k, size_t alone);
   void finish(const FramePlace& place, std::span<Page> pages);
 
+  std::function<void()> between_pages_;
   FrameEncoder encoder_;
   std::vector<std::byte> frames_;
   std::vector<Start> starts_;

@@ -19,7 +19,11 @@ struct ImageWriter::Encoder::State {
   std::vector<uint64_t> entries;
 };
 
-ImageWriter::Encoder::Encoder() : state_(std::make_unique<State>()) {}
+ImageWriter::Encoder::Encoder(std::function<void()> between_pages)
+    : state_(std::make_unique<State>()) {
+  state_->scratch.frames.set_between_pages(between_pages);
+  state_->scratch.between_pages = std::move(between_pages);
+}
 ImageWriter::Encoder::~Encoder() = default;
 ImageWriter::Encoder::Encoder(Encoder&&) noexcept = default;
 

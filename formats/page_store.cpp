@@ -106,7 +106,13 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const uint
     entries[k] = 0;
     if (is_zero(page)) {
       ++counts.zero;
-    } else if (entries[k] = known_ ? known_->same_place(numbers[k], page) : 0; entries[k] == 0) {
+      continue;
+    }
+    if (known_) {
+      if (scratch.between_pages) scratch.between_pages();
+      entries[k] = known_->same_place(numbers[k], page);
+    }
+    if (entries[k] == 0) {
       if (hashed && same_bytes(page_at(pages, *hashed), page)) {
         scratch.hashes[k] = scratch.hashes[*hashed];
         scratch.repeats.emplace_back(k, *hashed);

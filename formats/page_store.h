@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -30,6 +31,7 @@ class PageStore {
   // One worker's buffers.
   struct Scratch {
     FrameBatch frames;
+    std::function<void()> between_pages;  // see ImageWriter::Encoder; empty for nothing
     std::vector<FrameBatch::Page> written;
     std::vector<uint64_t> hashes;
     std::vector<std::pair<uint64_t, uint32_t>> by_hash;

@@ -11,6 +11,7 @@ namespace vmsnap {
 namespace {
 
 constexpr std::chrono::milliseconds progress_interval{200};
+constexpr unsigned pages_between_helps = 4;  // some 60 us of compressing
 constexpr std::chrono::milliseconds pace_step{20};  // how soon a paced worker sees what was staged
 
 }  // namespace
@@ -135,7 +136,10 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
     }
   }
   // The guest is on its own again; the rest is between us and the disk.
-  state_->uffd.close();
+  {
+    std::lock_guard lock(state_->arming);  // nobody is helping
+    state_->uffd.close();
+  }
   options_.released();
   VMSNAP_TEST_POINT("copy.done");
   state_->staging->close();
@@ -168,7 +172,9 @@ void Capture::mend_huge_pages() {
 // the next of them needs; then the sweep, until there is no more.
 Status Capture::work() {
   take_short_turns();
-  ImageWriter::Encoder encoder;
+  ImageWriter::Encoder encoder([this, pages = 0u]() mutable {
+    if (++pages % pages_between_helps == 0) faults_->help();
+  });
   Chunk swept = VMSNAP_TRY(Chunk::create());
   const auto write_swept = [&]() -> Status {
     const Status written = write(encoder, swept);

@@ -23,11 +23,19 @@ constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
 constexpr std::chrono::microseconds early_wait{20};
 constexpr uint64_t max_ahead = 32;  // pages that are dealt with before they are asked for
 
+// Whether to copy any page that somebody waits for takes no more than a chunk or
+// two: for more, the staging may have to be emptied meanwhile.
+bool is_soon_copied(const CaptureState& state) {
+  return std::ranges::all_of(state.pieces,
+                             [](const auto& piece) { return piece->piece.unit_bytes <= chunk_bytes; });
+}
+
 }  // namespace
 
 FaultHandler::FaultHandler(CaptureState& state, bool keep_huge, std::chrono::milliseconds stall_limit,
                            std::function<void()> heartbeat)
-    : state_(state), keep_huge_(keep_huge), stall_limit_(stall_limit), heartbeat_(std::move(heartbeat)) {}
+    : state_(state), keep_huge_(keep_huge), stall_limit_(stall_limit), heartbeat_(std::move(heartbeat)),
+      can_be_helped_(is_soon_copied(state)) {}
 
 FaultHandler::~FaultHandler() {
   if (chunk_) state_.staging->give_back(chunk_);
@@ -56,14 +64,36 @@ void FaultHandler::run() {
     if (!answered) return state_.fail(answered.error());
     if (*answered > 0) continue;
     if (stopping_) break;
-    const int ready = ::poll(watched, std::size(watched), chunk_ ? lull_ms : idle_ms);
+    const int ready = ::poll(watched, std::size(watched), has_staged() ? lull_ms : idle_ms);
     if (ready < 0 && errno != EINTR) return state_.fail(Error::from_errno(errno, "poll failed"));
     // A lull: what was copied so far can be compressed.
-    if (ready == 0) flush();
+    if (ready == 0) hand_on_staged();
     if (watched[2].revents) {
       return state_.fail(Error(ErrorCode::vm, "the VM ended while it was being snapshotted"));
     }
   }
+  hand_on_staged();
+}
+
+void FaultHandler::help() {
+  const std::unique_lock lock(state_.arming, std::try_to_lock);
+  // Once stopping, whoever has the lock may close the userfaultfd.
+  if (!lock || !can_be_helped_ || stopping_ || state_.failed()) return;
+  if (!state_.uffd.has_events() || !state_.staging->has_plenty()) return;
+  const auto answer = [&]() -> Status {
+    for (const UffdEvent& event : VMSNAP_TRY(state_.uffd.read_events())) VMSNAP_CHECK(handle(event));
+    return {};
+  };
+  if (const Status answered = answer(); !answered) state_.fail(answered.error());
+}
+
+bool FaultHandler::has_staged() const {
+  std::lock_guard lock(state_.arming);
+  return chunk_ != nullptr;
+}
+
+void FaultHandler::hand_on_staged() {
+  std::lock_guard lock(state_.arming);
   flush();
 }
 

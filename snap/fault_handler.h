@@ -30,6 +30,11 @@ class FaultHandler {
   void run();
   void request_stop();
 
+  // Answers what waits, if run() is not at it: when a writer wakes the thread in
+  // run() on a processor where another of ours is at work, that can keep it until
+  // its turn is over, 4 ms. From any thread, after the instant; waits for nothing.
+  void help();
+
  private:
   Result<size_t> answer_events();
   Status handle(const UffdEvent& event);
@@ -41,6 +46,8 @@ class FaultHandler {
   Status copy_large_unit(CapturedPiece& piece, uint64_t unit);
   Result<Chunk*> chunk_with_room(size_t pages);
   void flush();
+  bool has_staged() const;
+  void hand_on_staged();
 
   // Neighbours that are dealt with in one go: they grow while writes come in
   // the order of addresses.
@@ -57,10 +64,12 @@ class FaultHandler {
   const bool keep_huge_;
   std::chrono::milliseconds stall_limit_;
   std::function<void()> heartbeat_;
+  const bool can_be_helped_;
   Fd stop_;  // eventfd
   std::atomic<bool> stopping_ = false;
+  bool at_instant_ = false;       // the instant has been, as of the last events; of run() alone
+  // Under CaptureState::arming:
   Chunk* chunk_ = nullptr;        // being filled
-  bool at_instant_ = false;       // the instant has been, as of the last events
   Ahead early_, ahead_;
   std::vector<std::byte> zeros_;  // one hugetlb page, made when first needed
 };

@@ -31,12 +31,12 @@ struct Mapping {
   uint64_t file_offset = 0;
   uint64_t device = 0;  // makedev(3) of the file, 0 for anonymous
   uint64_t inode = 0;
-  std::string path;      // as proc(5) shows it, maybe empty
+  std::string path = {};  // as proc(5) shows it, maybe empty
   uint64_t page_bytes = 4096;           // KernelPageSize: hugetlb pages are larger
   // Bytes of it that are there, its share of those (PSS), and those that are
   // no page of a file; 0 without smaps.
   uint64_t resident = 0, proportional = 0, anonymous = 0;
-  std::vector<std::string> flags;       // VmFlags, two letters each; empty without smaps
+  std::vector<std::string> flags = {};  // VmFlags, two letters each; empty without smaps
   Backing backing = Backing::other;
 
   bool has_flag(std::string_view flag) const;

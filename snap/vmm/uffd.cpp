@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -175,6 +176,11 @@ Result<std::span<const std::byte>> Uffd::read_messages(std::span<std::byte> buff
     if (message.event == UFFD_EVENT_FORK) ::close(static_cast<int>(message.arg.fork.ufd));
   }
   return messages;
+}
+
+bool Uffd::has_events() const {
+  pollfd waiting = {fd(), POLLIN, 0};
+  return ::poll(&waiting, 1, 0) > 0 && (waiting.revents & POLLIN);
 }
 
 std::vector<UffdEvent> Uffd::parse_messages(std::span<const std::byte> messages) {

@@ -91,6 +91,9 @@ class Uffd {
   // when another process that has the descriptor takes O_NONBLOCK away.)
   Result<std::vector<UffdEvent>> read_events(size_t limit = 64) const;
 
+  // Whether read_events() would find one.
+  bool has_events() const;
+
   // The same in two steps, for who must not lose an event that was read when
   // it is killed: the kernel writes the messages into `buffer` (a multiple of
   // message_bytes long) before read(2) returns, and whoever has the buffer can

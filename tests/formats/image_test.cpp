@@ -184,7 +184,9 @@ TEST(Image, RunsOfOnePageAreStoredOnce) {
     const PageCounts counts = write_image(path, pages, {pages.size()}, {}, options);
     EXPECT_EQ(counts.zero, 20u);
     EXPECT_EQ(counts.stored + counts.duplicate, pages.size() - 20);
-    if (!options.hash) EXPECT_EQ(counts.stored, 3u);
+    if (!options.hash) {
+      EXPECT_EQ(counts.stored, 3u);
+    }
     expect_pages(*ImageReader::open(path).value(), pages);
     expect_whole(path);
   }

@@ -1,0 +1,122 @@
+// A write that waits is answered by whoever comes first.
+#include "snap/fault_handler.h"
+
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstring>
+#include <thread>
+
+#include "snap/capture.h"
+#include "snap/vmm/handover.h"
+#include "tests/snap/victim.h"
+
+namespace vmsnap {
+namespace {
+
+using namespace std::chrono_literals;
+
+constexpr uint64_t victim_pages = 16;
+
+struct WriterTalk {
+  std::atomic<uint64_t> address{0};
+  std::atomic<int> write_to{-1};  // a page; -1 once it was written to
+};
+
+int write_as_told(WriterTalk* talk) {
+  void* mapped = ::mmap(nullptr, victim_pages * page_size, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return 1;
+  auto* memory = static_cast<char*>(mapped);
+  std::memset(memory, 'a', victim_pages * page_size);
+  talk->address = reinterpret_cast<uint64_t>(memory);
+  for (;;) {
+    if (const int page = talk->write_to; page >= 0) {
+      memory[static_cast<uint64_t>(page) * page_size] = 'b';
+      talk->write_to = -1;
+    }
+  }
+}
+
+class FaultHandlerTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    ASSERT_TRUE(holds([&] { return talk_->address != 0; }));
+    const RemoteRange range = {RemotePtr(talk_->address), victim_pages * page_size};
+    memory_ = *map_guest_memory(process_, {{.name = "ram", .range = range, .address = 0, .first_page = 0}});
+    auto handed = bring_out_uffd(process_, nullptr, capture_features(memory_), KeepInVmm::no);
+    ASSERT_TRUE(handed) << handed.error().message();
+    state_ = std::make_unique<CaptureState>(process_, *PageMap::open(process_), std::move(handed->uffd),
+                                            memory_, *Staging::create(8 << 20));
+    ASSERT_EQ(*state_->uffd.register_range(range, {.write_protect = true}), RegisterOutcome::done);
+    ASSERT_EQ(*state_->uffd.write_protect(range), ProtectOutcome::done);
+    for (uint64_t page = 0; page < victim_pages; ++page) state_->pieces[0]->states.set(page, UnitState::armed);
+    state_->armed = true;
+    handler_ = std::make_unique<FaultHandler>(*state_, true, 10s, [] {});
+    ASSERT_TRUE(handler_->prepare());
+  }
+
+  template <class Condition>
+  static bool holds(Condition condition) {
+    for (int i = 0; i < 10000 && !condition(); ++i) std::this_thread::sleep_for(1ms);
+    return condition();
+  }
+
+  // Returns when the victim waits for its write.
+  void write(int page) {
+    talk_->write_to = page;
+    ASSERT_TRUE(holds([&] { return state_->uffd.has_events(); }));
+  }
+  bool written() const { return talk_->write_to == -1; }
+
+  WriterTalk* const talk_ = shared_with_victim<WriterTalk>();
+  Victim victim_{[this] { return write_as_told(talk_); }};
+  Process process_ = victim_.process();
+  GuestMemory memory_;
+  std::unique_ptr<CaptureState> state_;
+  std::unique_ptr<FaultHandler> handler_;
+};
+
+TEST_F(FaultHandlerTest, IsHelpedByOthers) {
+  EXPECT_FALSE(state_->uffd.has_events());
+  handler_->help();  // nobody waits
+  write(3);
+  EXPECT_FALSE(written());
+  handler_->help();
+  EXPECT_TRUE(holds([&] { return written(); }));
+  EXPECT_EQ(state_->counters.write_faults, 1u);
+  EXPECT_EQ(state_->pieces[0]->states.get(3), UnitState::done);
+
+  // The rest is for run() alone, which ends when it is done; after that somebody
+  // closes the userfaultfd.
+  handler_->request_stop();
+  write(9);
+  handler_->help();
+  EXPECT_TRUE(state_->uffd.has_events());
+  std::thread([this] { handler_->run(); }).join();
+  EXPECT_TRUE(holds([&] { return written(); }));
+  EXPECT_TRUE(state_->status());
+
+  // Both pages went the same way, as they were at the instant.
+  Chunk* const staged = state_->staging->try_take_full();
+  ASSERT_NE(staged, nullptr);
+  ASSERT_EQ(std::vector(staged->numbers().begin(), staged->numbers().end()), (std::vector<uint64_t>{3, 9}));
+  for (const std::byte byte : staged->data()) ASSERT_EQ(byte, std::byte{'a'});
+}
+
+// To help must never mean to wait for those who empty the staging: the helper
+// may be the only one of them.
+TEST_F(FaultHandlerTest, IsNotHelpedWhenRoomIsScarce) {
+  std::vector<Chunk*> taken;
+  while (state_->staging->has_plenty()) taken.push_back(state_->staging->take_empty(0ms));
+  write(5);
+  handler_->help();
+  EXPECT_TRUE(state_->uffd.has_events());
+  for (Chunk* chunk : taken) state_->staging->give_back(chunk);
+  handler_->help();
+  EXPECT_TRUE(holds([&] { return written(); }));
+}
+
+}  // namespace
+}  // namespace vmsnap
