@@ -21,6 +21,7 @@ constexpr int idle_ms = 200;  // how often an idle handler gives a sign of life
 constexpr int lull_ms = 20;   // how long pages wait for company on their way to a compressor
 constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
 constexpr std::chrono::microseconds early_wait{20};
+constexpr int max_helped = 16;  // events that a helper answers before it goes on with its own work
 constexpr uint64_t max_ahead = 32;  // pages that are dealt with before they are asked for
 
 // Whether to copy any page that somebody waits for takes no more than a chunk or
@@ -78,10 +79,15 @@ void FaultHandler::run() {
 void FaultHandler::help() {
   const std::unique_lock lock(state_.arming, std::try_to_lock);
   // Once stopping, whoever has the lock may close the userfaultfd.
-  if (!lock || !can_be_helped_ || stopping_ || state_.failed()) return;
-  if (!state_.uffd.has_events() || !state_.staging->has_plenty()) return;
+  if (!lock || !can_be_helped_ || stopping_ || state_.failed() || !state_.uffd.has_events()) return;
   const auto answer = [&]() -> Status {
-    for (const UffdEvent& event : VMSNAP_TRY(state_.uffd.read_events())) VMSNAP_CHECK(handle(event));
+    // One at a time: what was read must be answered, and who helps may be the only
+    // one who makes room.
+    for (int i = 0; i < max_helped && state_.staging->has_plenty(); ++i) {
+      const auto events = VMSNAP_TRY(state_.uffd.read_events(1));
+      if (events.empty()) break;
+      VMSNAP_CHECK(handle(events.front()));
+    }
     return {};
   };
   if (const Status answered = answer(); !answered) state_.fail(answered.error());
