@@ -145,8 +145,11 @@ Status FaultHandler::handle_write(CapturedPiece& piece, uint64_t unit) {
   const UnitState state = piece.states.get(unit);
   if (state == UnitState::armed) {
     VMSNAP_CHECK(piece.piece.unit_bytes == page_size ? copy_pages(piece, unit) : copy_large_unit(piece, unit));
+  } else if (state == UnitState::done) {
+    // Copied and freed since the event was raised: only the wake-up is owed. To free
+    // the page alone once more would split a huge page.
+    VMSNAP_CHECK(state_.uffd.wake(piece.units(unit, 1)));
   } else if (state != UnitState::claimed) {
-    // Copied and freed since the event was raised: only the wake-up is owed.
     VMSNAP_CHECK(state_.release(piece, unit, 1));
   }
   // Else the sweep has it, and wakes the writer when it frees it.
