@@ -17,18 +17,19 @@ constexpr size_t most_of_alone(size_t alone) { return alone - alone / 10; }
 }  // namespace
 
 Result<uint64_t> FrameBatch::write(FrameSink& sink, int level, SimilarPages* similar,
-                                   std::span<Page> pages) {
+                                   std::span<Page> pages,
+                                   const std::function<void()>& before_each) {
   if (pages.empty()) return 0;
   frames_.resize(max_pages * frame_room);
   encoder_.set_level(level);
   similar_ = similar;
   const std::optional<uint64_t> pack = sink.next_pack();
-  uint64_t used = VMSNAP_TRY(encode(sink, pack, pages));
+  uint64_t used = VMSNAP_TRY(encode(sink, pack, pages, before_each));
   std::optional<FramePlace> place;
   if (uses_pack_) {
     place = VMSNAP_TRY(sink.reserve_in(*pack, used));
     // The file of the bases is full: without them, then.
-    if (!place) used = VMSNAP_TRY(encode(sink, std::nullopt, pages));
+    if (!place) used = VMSNAP_TRY(encode(sink, std::nullopt, pages, before_each));
   }
   if (!place) place = VMSNAP_TRY(sink.reserve(used));
   finish(*place, pages);
@@ -39,14 +40,15 @@ Result<uint64_t> FrameBatch::write(FrameSink& sink, int level, SimilarPages* sim
 
 // Bases are in `pack`, if there is one, or in the batch. Returns the bytes used.
 Result<uint64_t> FrameBatch::encode(FrameSink& sink, std::optional<uint64_t> pack,
-                                    std::span<Page> pages) {
+                                    std::span<Page> pages,
+                                    const std::function<void()>& before_each) {
   starts_.clear();
   standing_alone_.clear();
   in_batch_.clear();
   uses_pack_ = false;
   uint64_t used = 0;
   for (size_t k = 0; k < pages.size(); ++k) {
-    if (between_pages_) between_pages_();
+    before_each();
     starts_.push_back({.offset = used});
     const auto out = std::span(frames_).subspan(used);
     size_t length = encoder_.encode(pages[k].bytes, sink.sealed(), out);

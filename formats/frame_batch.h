@@ -38,13 +38,12 @@ class FrameBatch {
     uint64_t entry = 0;  // out: its packed PageEntry
   };
 
-  // Called before each page is compressed; empty for nothing.
-  void set_between_pages(std::function<void()> between) { between_pages_ = std::move(between); }
-
   // Writes all pages, at most max_pages, with one write of the sink, and sets
-  // their entries. `similar` may be null, and is borrowed. Returns the bytes they
-  // take. Blocks on the disk; after an error the sink is of no use.
-  Result<uint64_t> write(FrameSink& sink, int level, SimilarPages* similar, std::span<Page> pages);
+  // their entries. `similar` may be null, and is borrowed. `before_each` is called
+  // before each page is compressed. Returns the bytes they take. Blocks on the
+  // disk; after an error the sink is of no use.
+  Result<uint64_t> write(FrameSink& sink, int level, SimilarPages* similar, std::span<Page> pages,
+                         const std::function<void()>& before_each = [] {});
 
  private:
   // Of a frame in the batch.
@@ -53,12 +52,12 @@ class FrameBatch {
     uint64_t base = 0;    // of a delta: an entry, or the number of a page of the batch, plus one
   };
 
-  Result<uint64_t> encode(FrameSink& sink, std::optional<uint64_t> pack, std::span<Page> pages);
+  Result<uint64_t> encode(FrameSink& sink, std::optional<uint64_t> pack, std::span<Page> pages,
+                          const std::function<void()>& before_each);
   Result<size_t> try_delta(FrameSink& sink, std::optional<uint64_t> pack,
                            std::span<const Page> pages, size_t k, size_t alone);
   void finish(const FramePlace& place, std::span<Page> pages);
 
-  std::function<void()> between_pages_;
   FrameEncoder encoder_;
   std::vector<std::byte> frames_;
   std::vector<Start> starts_;

@@ -21,7 +21,6 @@ struct ImageWriter::Encoder::State {
 
 ImageWriter::Encoder::Encoder(std::function<void()> between_pages)
     : state_(std::make_unique<State>()) {
-  state_->scratch.frames.set_between_pages(between_pages);
   state_->scratch.between_pages = std::move(between_pages);
 }
 ImageWriter::Encoder::~Encoder() = default;

@@ -48,7 +48,7 @@ class ImageWriter {
     // `between_pages` is called by the thread that writes, before each page that
     // takes a while, some microseconds, to compare or compress: for who has more
     // urgent work, too.
-    explicit Encoder(std::function<void()> between_pages = {});
+    explicit Encoder(std::function<void()> between_pages = [] {});
     ~Encoder();
     Encoder(Encoder&&) noexcept;
 

@@ -99,7 +99,6 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const uint
   PageCounts counts;
   // Of pages that are alike one after the other only the first is hashed.
   std::optional<uint32_t> hashed;
-  scratch.repeats.clear();
   for (uint32_t k = 0; k < count; ++k) {
     const Page page = page_at(pages, k);
     scratch.leaders[k] = settled;
@@ -109,22 +108,20 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const uint
       continue;
     }
     if (known_) {
-      if (scratch.between_pages) scratch.between_pages();
+      scratch.between_pages();
       entries[k] = known_->same_place(numbers[k], page);
+      if (entries[k] != 0) continue;
     }
-    if (entries[k] == 0) {
-      if (hashed && same_bytes(page_at(pages, *hashed), page)) {
-        scratch.hashes[k] = scratch.hashes[*hashed];
-        scratch.repeats.emplace_back(k, *hashed);
-        continue;
-      }
+    if (hashed && same_bytes(page_at(pages, *hashed), page)) {
+      scratch.hashes[k] = scratch.hashes[*hashed];
+      scratch.leaders[k] = *hashed;
+    } else {
       scratch.hashes[k] = options_.hash(page);
       scratch.by_hash.emplace_back(scratch.hashes[k], k);
       hashed = k;
     }
   }
   find_leaders(scratch, pages);
-  for (const auto& [k, first] : scratch.repeats) scratch.leaders[k] = scratch.leaders[first];
 
   scratch.pending.clear();
   for (uint32_t k = 0; k < count; ++k) {
@@ -160,7 +157,7 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const uint
   for (uint32_t k = 0; k < count; ++k) {
     const uint32_t leader = scratch.leaders[k];
     if (leader == settled || leader == k) continue;
-    entries[k] = entries[leader];
+    entries[k] = entries[leader];  // the leader's own leader has come before
     if (!may_share(numbers[k], entries[k])) scratch.to_store.push_back(k);
   }
   counts.bytes += VMSNAP_TRY(write_frames(scratch, pages, entries));
@@ -215,7 +212,8 @@ Result<uint64_t> PageStore::write_frames(Scratch& scratch, std::span<const std::
     scratch.written.push_back({.bytes = page_at(pages, k), .hash = scratch.hashes[k]});
   }
   const uint64_t used = VMSNAP_TRY(
-      scratch.frames.write(sink_, options_.zstd_level(), similar_.get(), scratch.written));
+      scratch.frames.write(sink_, options_.zstd_level(), similar_.get(), scratch.written,
+                           scratch.between_pages));
   for (size_t i = 0; i < scratch.to_store.size(); ++i) {
     entries[scratch.to_store[i]] = scratch.written[i].entry;
   }

@@ -31,12 +31,11 @@ class PageStore {
   // One worker's buffers.
   struct Scratch {
     FrameBatch frames;
-    std::function<void()> between_pages;  // see ImageWriter::Encoder; empty for nothing
+    std::function<void()> between_pages = [] {};  // see ImageWriter::Encoder
     std::vector<FrameBatch::Page> written;
     std::vector<uint64_t> hashes;
     std::vector<std::pair<uint64_t, uint32_t>> by_hash;
-    std::vector<std::pair<uint32_t, uint32_t>> repeats;  // a page, and one before it with its bytes
-    std::vector<uint32_t> leaders;  // k: the first page of the batch with the bytes of page k
+    std::vector<uint32_t> leaders;  // k: k, or a page of the batch before it with its bytes
     std::vector<uint32_t> pending;
     std::vector<uint32_t> waiting;
     std::vector<uint32_t> to_store;

@@ -21,6 +21,7 @@ constexpr int idle_ms = 200;  // how often an idle handler gives a sign of life
 constexpr int lull_ms = 20;   // how long pages wait for company on their way to a compressor
 constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
 constexpr std::chrono::microseconds early_wait{20};
+constexpr size_t max_events = 64;  // that are read in one go
 constexpr int max_helped = 16;  // events that a helper answers before it goes on with its own work
 constexpr uint64_t max_ahead = 32;  // pages that are dealt with before they are asked for
 
@@ -80,17 +81,13 @@ void FaultHandler::help() {
   const std::unique_lock lock(state_.arming, std::try_to_lock);
   // Once stopping, whoever has the lock may close the userfaultfd.
   if (!lock || !can_be_helped_ || stopping_ || state_.failed() || !state_.uffd.has_events()) return;
-  const auto answer = [&]() -> Status {
-    // One at a time: what was read must be answered, and who helps may be the only
-    // one who makes room.
-    for (int i = 0; i < max_helped && state_.staging->has_plenty(); ++i) {
-      const auto events = VMSNAP_TRY(state_.uffd.read_events(1));
-      if (events.empty()) break;
-      VMSNAP_CHECK(handle(events.front()));
-    }
-    return {};
-  };
-  if (const Status answered = answer(); !answered) state_.fail(answered.error());
+  // One at a time: what was read must be answered, and who helps may be the only
+  // one who makes room.
+  for (int i = 0; i < max_helped && state_.staging->has_plenty(); ++i) {
+    const auto answered = answer(1);
+    if (!answered) return state_.fail(answered.error());
+    if (*answered == 0) return;
+  }
 }
 
 bool FaultHandler::has_staged() const {
@@ -106,8 +103,13 @@ void FaultHandler::hand_on_staged() {
 Result<size_t> FaultHandler::answer_events() {
   if (state_.early_writes_wait && !at_instant_) std::this_thread::sleep_for(early_wait);
   std::lock_guard lock(state_.arming);
-  const auto events = VMSNAP_TRY(state_.uffd.read_events());
   at_instant_ = state_.armed;
+  return answer(max_events);
+}
+
+// At most `limit` events, under CaptureState::arming: how many there were.
+Result<size_t> FaultHandler::answer(size_t limit) {
+  const auto events = VMSNAP_TRY(state_.uffd.read_events(limit));
   for (const UffdEvent& event : events) VMSNAP_CHECK(handle(event));
   return events.size();
 }
@@ -142,17 +144,17 @@ Status FaultHandler::handle_write(CapturedPiece& piece, uint64_t unit) {
   if (state_.first_written.size() < CaptureState::max_first_written) {
     state_.first_written.push_back(piece.page_of(unit));
   }
-  const UnitState state = piece.states.get(unit);
-  if (state == UnitState::armed) {
-    VMSNAP_CHECK(piece.piece.unit_bytes == page_size ? copy_pages(piece, unit) : copy_large_unit(piece, unit));
-  } else if (state == UnitState::done) {
-    // Copied and freed since the event was raised: only the wake-up is owed. To free
-    // the page alone once more would split a huge page.
-    VMSNAP_CHECK(state_.uffd.wake(piece.units(unit, 1)));
-  } else if (state != UnitState::claimed) {
-    VMSNAP_CHECK(state_.release(piece, unit, 1));
+  switch (piece.states.get(unit)) {
+    case UnitState::zero: VMSNAP_CHECK(state_.release(piece, unit, 1)); break;
+    case UnitState::armed:
+      VMSNAP_CHECK(piece.piece.unit_bytes == page_size ? copy_pages(piece, unit) : copy_large_unit(piece, unit));
+      break;
+    case UnitState::claimed: break;  // the sweep has it, and wakes the writer when it frees it
+    case UnitState::done:
+      // Copied and freed since the event was raised: only the wake-up is owed. To
+      // free the page alone once more would split a huge page.
+      VMSNAP_CHECK(state_.uffd.wake(piece.units(unit, 1)));
   }
-  // Else the sweep has it, and wakes the writer when it frees it.
   state_.counters.fault_latency.add(Clock::now() - start);
   return {};
 }

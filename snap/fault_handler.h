@@ -37,6 +37,7 @@ class FaultHandler {
 
  private:
   Result<size_t> answer_events();
+  Result<size_t> answer(size_t limit);
   Status handle(const UffdEvent& event);
   Status let_through(CapturedPiece& piece, uint64_t unit);
   Status handle_write(CapturedPiece& piece, uint64_t unit);

@@ -42,7 +42,7 @@ int write_as_told(WriterTalk* talk) {
 class FaultHandlerTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    ASSERT_TRUE(holds([&] { return talk_->address != 0; }));
+    ASSERT_TRUE(becomes_true([&] { return talk_->address != 0; }));
     const RemoteRange range = {RemotePtr(talk_->address), victim_pages * page_size};
     memory_ = *map_guest_memory(process_, {{.name = "ram", .range = range, .address = 0, .first_page = 0}});
     auto handed = bring_out_uffd(process_, nullptr, capture_features(memory_), KeepInVmm::no);
@@ -57,16 +57,10 @@ class FaultHandlerTest : public ::testing::Test {
     ASSERT_TRUE(handler_->prepare());
   }
 
-  template <class Condition>
-  static bool holds(Condition condition) {
-    for (int i = 0; i < 10000 && !condition(); ++i) std::this_thread::sleep_for(1ms);
-    return condition();
-  }
-
   // Returns when the victim waits for its write.
   void write(int page) {
     talk_->write_to = page;
-    ASSERT_TRUE(holds([&] { return state_->uffd.has_events(); }));
+    ASSERT_TRUE(becomes_true([&] { return state_->uffd.has_events(); }));
   }
   bool written() const { return talk_->write_to == -1; }
 
@@ -84,7 +78,7 @@ TEST_F(FaultHandlerTest, IsHelpedByOthers) {
   write(3);
   EXPECT_FALSE(written());
   handler_->help();
-  EXPECT_TRUE(holds([&] { return written(); }));
+  EXPECT_TRUE(becomes_true([&] { return written(); }));
   EXPECT_EQ(state_->counters.write_faults, 1u);
   EXPECT_EQ(state_->pieces[0]->states.get(3), UnitState::done);
 
@@ -95,7 +89,7 @@ TEST_F(FaultHandlerTest, IsHelpedByOthers) {
   handler_->help();
   EXPECT_TRUE(state_->uffd.has_events());
   std::thread([this] { handler_->run(); }).join();
-  EXPECT_TRUE(holds([&] { return written(); }));
+  EXPECT_TRUE(becomes_true([&] { return written(); }));
   EXPECT_TRUE(state_->status());
 
   // Both pages went the same way, as they were at the instant.
@@ -115,7 +109,7 @@ TEST_F(FaultHandlerTest, IsNotHelpedWhenRoomIsScarce) {
   EXPECT_TRUE(state_->uffd.has_events());
   for (Chunk* chunk : taken) state_->staging->give_back(chunk);
   handler_->help();
-  EXPECT_TRUE(holds([&] { return written(); }));
+  EXPECT_TRUE(becomes_true([&] { return written(); }));
 }
 
 }  // namespace

@@ -89,11 +89,6 @@ int run_snapshotter(const std::string& path, std::chrono::milliseconds limit, Ac
   return snapshotter.wait();
 }
 
-bool becomes_true(const std::function<bool()>& condition) {
-  for (int i = 0; i < 10000 && !condition(); ++i) std::this_thread::sleep_for(1ms);
-  return condition();
-}
-
 TEST(Guard, ResumesTheVmWhenWeDieInThePause) {
   FakeMonitor monitor;
   EXPECT_EQ(run_snapshotter(monitor.path(), 60s,

@@ -8,8 +8,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
+#include <thread>
 
 #include "snap/vmm/process.h"
 
@@ -20,6 +22,14 @@ template <class T>
 T* shared_with_victim() {
   void* memory = ::mmap(nullptr, sizeof(T), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   return new (memory) T();
+}
+
+// Within ten seconds.
+inline bool becomes_true(const std::function<bool()>& condition) {
+  for (int i = 0; i < 10000 && !condition(); ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return condition();
 }
 
 class Victim {
