@@ -137,7 +137,7 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
   }
   // The guest is on its own again; the rest is between us and the disk.
   {
-    std::lock_guard lock(state_->arming);  // nobody is helping
+    std::lock_guard lock(state_->closing);  // nobody is helping
     state_->uffd.close();
   }
   options_.released();
@@ -205,7 +205,7 @@ Status Capture::work() {
 // Compressing must not take a processor from the guest, or from whoever holds
 // pages that it waits for.
 Status Capture::write(ImageWriter::Encoder& encoder, const Chunk& chunk) {
-  const LowerPriority deferred;
+  const ScopedPriority deferred(Priority::last);
   const PageCounts counts = VMSNAP_TRY(writer_.write_pages(encoder, chunk.numbers(), chunk.data()));
   pace_.used(counts.bytes);
   state_->counters.zero_pages += counts.zero;

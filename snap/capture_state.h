@@ -15,6 +15,7 @@
 #include <mutex>
 #include <optional>
 #include <set>
+#include <shared_mutex>
 #include <span>
 #include <vector>
 
@@ -99,6 +100,9 @@ class CaptureState {
   // are read and answered, so that none is read before the instant and answered
   // after it.
   std::mutex arming;
+  // Taken exclusively to close the userfaultfd, shared by who looks at it without
+  // being run() of the fault handler. Before `arming`, where both are taken.
+  std::shared_mutex closing;
   bool armed = false;                // the instant has been
   std::vector<UnitRun> let_through;  // freed for early writers since they were last protected
 

@@ -17,16 +17,21 @@ void prefer_this_thread();
 // by the caller's wish.
 void take_short_turns();
 
-// While this lives, the calling thread has time.
-class LowerPriority {
+enum class Priority {
+  first,  // somebody may be waiting for it
+  last,   // it has time
+};
+
+// While this lives, the calling thread has that priority.
+class ScopedPriority {
  public:
-  LowerPriority();
-  ~LowerPriority();
-  LowerPriority(const LowerPriority&) = delete;
-  LowerPriority& operator=(const LowerPriority&) = delete;
+  explicit ScopedPriority(Priority priority);
+  ~ScopedPriority();
+  ScopedPriority(const ScopedPriority&) = delete;
+  ScopedPriority& operator=(const ScopedPriority&) = delete;
 
  private:
-  int before_ = 0;
+  const int before_;  // nice value
 };
 
 }  // namespace vmsnap
