@@ -75,8 +75,16 @@ Status Capture::begin(const std::function<Status()>& on_progress) {
   for (const auto& piece : state_->pieces) VMSNAP_CHECK(watch(piece->piece));
   VMSNAP_TEST_POINT("snapshot.registered");
   VMSNAP_CHECK(arming_->ahead(on_progress));
+  if (copies_huge_pages()) state_->staging->populate();
   VMSNAP_TEST_POINT("snapshot.armed_ahead");
   return state_->status();
+}
+
+// Whether a writer may wait for all of a huge page.
+bool Capture::copies_huge_pages() const {
+  return std::ranges::any_of(state_->pieces, [&](const auto& piece) {
+    return piece->piece.unit_bytes > page_size || (options_.keep_huge_pages && piece->has_huge());
+  });
 }
 
 Status Capture::watch(const MemoryPiece& piece) {
@@ -176,6 +184,7 @@ Status Capture::work() {
     if (++pages % pages_between_helps == 0) faults_->help();
   });
   Chunk swept = VMSNAP_TRY(Chunk::create());
+  swept.populate();
   const auto write_swept = [&]() -> Status {
     const Status written = write(encoder, swept);
     swept.clear();

@@ -73,6 +73,7 @@ class Capture {
   Capture(ImageWriter& writer, CaptureOptions options, std::unique_ptr<CaptureState> state)
       : writer_(writer), options_(std::move(options)), state_(std::move(state)), sweep_(*state_),
         pace_(options_.bytes_per_second) {}
+  bool copies_huge_pages() const;
   Status watch(const MemoryPiece& piece);
   void mend_huge_pages();
   Status work();

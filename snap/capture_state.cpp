@@ -19,6 +19,15 @@ CapturedPiece::Window CapturedPiece::window(uint64_t unit) const {
   return {unit - std::min(unit, into), std::min(states.count(), unit + huge_page_bytes / page_size - into)};
 }
 
+bool CapturedPiece::is_whole(uint64_t unit) const {
+  if (!is_huge(unit)) return false;
+  const Window all = window(unit);
+  for (uint64_t i = all.first; i < all.end; ++i) {
+    if (states.get(i) != UnitState::armed) return false;
+  }
+  return true;
+}
+
 void CapturedPiece::note_huge(uint64_t first_unit, uint64_t count) {
   if (huge_.empty()) huge_.resize(window_index(states.count() - 1) + 1);
   for (uint64_t unit = first_unit; unit < first_unit + count; unit += huge_page_bytes / page_size) {

@@ -172,12 +172,12 @@ uint64_t FaultHandler::Ahead::at(uint64_t page, uint64_t limit) {
   return pages;
 }
 
-// What is copied together with a page that is waited for: all of a huge page if
-// nobody need wait for room; else what comes next, if this page came right after
+// What is copied together with a page that is waited for: all of a huge page, if
+// it is one still and nobody need wait for room; else what comes next, if this page came right after
 // the last ones.
 CapturedPiece::Window FaultHandler::around(const CapturedPiece& piece, uint64_t unit) {
   const CapturedPiece::Window window = piece.window(unit);
-  if (piece.is_huge(unit) && keep_huge_ && state_.staging->has_plenty()) return window;
+  if (keep_huge_ && state_.staging->has_plenty() && piece.is_whole(unit)) return window;
   return {unit, unit + ahead_.at(piece.page_of(unit), window.end - unit)};
 }
 

@@ -1,28 +1,24 @@
 #include "snap/staging.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cerrno>
 
 namespace vmsnap {
 
 std::span<std::byte> Chunk::add(uint64_t first_number, size_t pages) {
   const size_t before = numbers_.size();
   for (size_t i = 0; i < pages; ++i) numbers_.push_back(first_number + i);
-  return {data_.get() + before * page_size, pages * page_size};
+  return {&data_[before * page_size], pages * page_size};
 }
-
-void Chunk::Free::operator()(std::byte* memory) const { ::munmap(memory, capacity * page_size); }
 
 Result<Chunk> Chunk::create() {
   Chunk chunk;
-  void* memory = ::mmap(nullptr, capacity * page_size, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) return fail_errno(errno, "cannot allocate {} bytes", capacity * page_size);
-  chunk.data_.reset(static_cast<std::byte*>(memory));
+  chunk.data_ = VMSNAP_TRY(SparseArray<std::byte>::create(capacity * page_size, Touched::all_over));
   chunk.numbers_.reserve(capacity);
   return chunk;
+}
+
+void Chunk::populate() {
+  for (size_t page = 0; page < capacity; ++page) data_[page * page_size] = {};
 }
 
 Result<std::unique_ptr<Staging>> Staging::create(uint64_t bytes) {
@@ -34,6 +30,11 @@ Result<std::unique_ptr<Staging>> Staging::create(uint64_t bytes) {
     staging->empty_.push_back(&staging->chunks_.back());
   }
   return staging;
+}
+
+void Staging::populate() {
+  std::lock_guard lock(mutex_);
+  for (Chunk* chunk : empty_) chunk->populate();
 }
 
 Chunk* Staging::take_empty(std::chrono::milliseconds limit) {

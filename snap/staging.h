@@ -20,6 +20,7 @@
 
 #include "formats/error.h"
 #include "formats/image_info.h"
+#include "formats/sparse_array.h"
 
 namespace vmsnap {
 
@@ -27,13 +28,15 @@ class Chunk {
  public:
   static constexpr size_t capacity = 512;  // pages: 2 MiB, one huge page
 
-  // Not yet backed by memory: that comes as it is filled.
+  // Not yet backed by memory: that comes as it is filled, in huge pages if the
+  // kernel has some, because a writer that waits would wait for 512 small ones too.
   static Result<Chunk> create();
+  void populate();
 
   size_t size() const { return numbers_.size(); }
   size_t free() const { return capacity - numbers_.size(); }
   std::span<const uint64_t> numbers() const { return numbers_; }
-  std::span<const std::byte> data() const { return {data_.get(), numbers_.size() * page_size}; }
+  std::span<const std::byte> data() const { return {&data_[0], numbers_.size() * page_size}; }
 
   // Room for `pages` more pages, numbered from `first_number`; they count as
   // soon as they are added, so the bytes must be filled in before the chunk is
@@ -42,13 +45,9 @@ class Chunk {
   void clear() { numbers_.clear(); }
 
  private:
-  struct Free {
-    void operator()(std::byte* memory) const;
-  };
-
   Chunk() = default;
 
-  std::unique_ptr<std::byte, Free> data_;
+  SparseArray<std::byte> data_;
   std::vector<uint64_t> numbers_;
 };
 
@@ -56,6 +55,10 @@ class Staging {
  public:
   // `bytes` of staging, at least 8 MiB.
   static Result<std::unique_ptr<Staging>> create(uint64_t bytes);
+
+  // Takes all of the memory at once, so that no writer waits for the kernel to
+  // find it: that takes longer than to copy a huge page. Before any chunk is taken.
+  void populate();
 
   // An empty chunk; waits for one up to `limit`. Null after abort() or when the
   // time is over.

@@ -66,7 +66,7 @@ Result<bool> Sweep::next(Chunk& chunk, const std::function<Status()>& full) {
 }
 
 Status Sweep::copy_pages(const Work& work, Chunk& chunk) {
-  const uint64_t step = work.piece->is_huge(work.first) ? Chunk::capacity : pages_at_once;
+  const uint64_t step = work.piece->is_whole(work.first) ? Chunk::capacity : pages_at_once;
   for (uint64_t first = work.first; first < work.end && !state_.failed(); first += step) {
     VMSNAP_CHECK(copy_window(state_, *work.piece, first, std::min(work.end, first + step), chunk));
   }

@@ -17,7 +17,7 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr uint64_t victim_pages = 16;
+constexpr uint64_t victim_pages = huge_page_bytes / page_size;
 
 struct WriterTalk {
   std::atomic<uint64_t> address{0};
@@ -25,11 +25,12 @@ struct WriterTalk {
 };
 
 int write_as_told(WriterTalk* talk) {
-  void* mapped = ::mmap(nullptr, victim_pages * page_size, PROT_READ | PROT_WRITE,
+  void* mapped = ::mmap(nullptr, 2 * huge_page_bytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return 1;
-  auto* memory = static_cast<char*>(mapped);
-  std::memset(memory, 'a', victim_pages * page_size);
+  const uint64_t start = (reinterpret_cast<uint64_t>(mapped) + huge_page_bytes - 1) & ~(huge_page_bytes - 1);
+  auto* memory = reinterpret_cast<char*>(start);
+  std::memset(memory, 'a', huge_page_bytes);
   talk->address = reinterpret_cast<uint64_t>(memory);
   for (;;) {
     if (const int page = talk->write_to; page >= 0) {
@@ -97,6 +98,23 @@ TEST_F(FaultHandlerTest, IsHelpedByOthers) {
   ASSERT_NE(staged, nullptr);
   ASSERT_EQ(std::vector(staged->numbers().begin(), staged->numbers().end()), (std::vector<uint64_t>{3, 9}));
   for (const std::byte byte : staged->data()) ASSERT_EQ(byte, std::byte{'a'});
+}
+
+// Of a huge page that is small pages already, there is nothing to keep together.
+TEST_F(FaultHandlerTest, CopiesAllOfAHugePageWhileItIsOne) {
+  state_->pieces[0]->note_huge(0, victim_pages);
+  state_->pieces[0]->states.set(7, UnitState::done);
+  write(3);
+  handler_->help();
+  EXPECT_TRUE(becomes_true([&] { return written(); }));
+  EXPECT_EQ(state_->counters.copied_pages, 1u);
+
+  for (uint64_t page = 0; page < victim_pages; ++page) state_->pieces[0]->states.set(page, UnitState::armed);
+  ASSERT_EQ(*state_->uffd.write_protect(memory_.pieces[0].range), ProtectOutcome::done);
+  write(3);
+  handler_->help();
+  EXPECT_TRUE(becomes_true([&] { return written(); }));
+  EXPECT_EQ(state_->counters.copied_pages, 1 + victim_pages);
 }
 
 // To help must never mean to wait for those who empty the staging: the helper
