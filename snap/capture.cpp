@@ -1,5 +1,7 @@
 #include "snap/capture.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <set>
 
@@ -181,7 +183,9 @@ void Capture::mend_huge_pages() {
 Status Capture::work() {
   take_short_turns();
   ImageWriter::Encoder encoder([this, pages = 0u]() mutable {
-    if (++pages % pages_between_helps == 0) faults_->help();
+    if (++pages % pages_between_helps != 0) return;
+    faults_->help();
+    ::sched_yield();  // to a writer that has been let go: the kernel would look only at its next tick
   });
   Chunk swept = VMSNAP_TRY(Chunk::create());
   swept.populate();
@@ -214,7 +218,7 @@ Status Capture::work() {
 // Compressing must not take a processor from the guest, or from whoever holds
 // pages that it waits for.
 Status Capture::write(ImageWriter::Encoder& encoder, const Chunk& chunk) {
-  const ScopedPriority deferred(Priority::last);
+  const LowerPriority deferred;
   const PageCounts counts = VMSNAP_TRY(writer_.write_pages(encoder, chunk.numbers(), chunk.data()));
   pace_.used(counts.bytes);
   state_->counters.zero_pages += counts.zero;

@@ -82,9 +82,6 @@ void FaultHandler::help() {
   const std::shared_lock open(state_.closing, std::try_to_lock);
   // Once stopping, whoever has the lock may close the userfaultfd.
   if (!open || !can_be_helped_ || stopping_ || state_.failed() || !state_.uffd.has_events()) return;
-  // Who holds the other lock has others wait: the guest's threads must not run
-  // in its place.
-  const ScopedPriority answering(Priority::first);
   const std::unique_lock lock(state_.arming, std::try_to_lock);
   if (!lock) return;
   // One at a time: what was read must be answered, and who helps may be the only

@@ -11,10 +11,7 @@ namespace vmsnap {
 
 namespace {
 
-constexpr int first = -20;
 constexpr int lower_by = 5;
-
-int nice_value() { return ::getpriority(PRIO_PROCESS, static_cast<id_t>(::gettid())); }
 
 void set_nice(int value) {
   if (::geteuid() == 0) ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), value);
@@ -38,7 +35,7 @@ void schedule_as_batch(uint64_t slice_ns) {
   SchedulingAttributes wanted = {};
   wanted.size = sizeof wanted;
   wanted.policy = SCHED_BATCH;
-  wanted.nice = nice_value();
+  wanted.nice = ::getpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()));
   wanted.runtime = slice_ns;
   ::syscall(SYS_sched_setattr, 0, &wanted, 0);
 }
@@ -46,7 +43,7 @@ void schedule_as_batch(uint64_t slice_ns) {
 }  // namespace
 
 void prefer_this_thread() {
-  set_nice(first);
+  set_nice(-20);
   schedule_as_batch(0);
 }
 
@@ -55,10 +52,10 @@ void take_short_turns() {
   if (::sched_getscheduler(0) != SCHED_IDLE) schedule_as_batch(least_ns);
 }
 
-ScopedPriority::ScopedPriority(Priority priority) : before_(nice_value()) {
-  set_nice(priority == Priority::first ? first : before_ + lower_by);
+LowerPriority::LowerPriority() : before_(::getpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()))) {
+  set_nice(before_ + lower_by);
 }
 
-ScopedPriority::~ScopedPriority() { set_nice(before_); }
+LowerPriority::~LowerPriority() { set_nice(before_); }
 
 }  // namespace vmsnap

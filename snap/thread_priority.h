@@ -17,21 +17,16 @@ void prefer_this_thread();
 // by the caller's wish.
 void take_short_turns();
 
-enum class Priority {
-  first,  // somebody may be waiting for it
-  last,   // it has time
-};
-
-// While this lives, the calling thread has that priority.
-class ScopedPriority {
+// While this lives, the calling thread has time.
+class LowerPriority {
  public:
-  explicit ScopedPriority(Priority priority);
-  ~ScopedPriority();
-  ScopedPriority(const ScopedPriority&) = delete;
-  ScopedPriority& operator=(const ScopedPriority&) = delete;
+  LowerPriority();
+  ~LowerPriority();
+  LowerPriority(const LowerPriority&) = delete;
+  LowerPriority& operator=(const LowerPriority&) = delete;
 
  private:
-  const int before_;  // nice value
+  int before_ = 0;
 };
 
 }  // namespace vmsnap
