@@ -147,10 +147,10 @@ Status CaptureState::check_file(const CapturedPiece& piece, uint64_t first_unit,
   return {};
 }
 
-Status CaptureState::release(CapturedPiece& piece, uint64_t first_unit, uint64_t count) {
+Status CaptureState::release(CapturedPiece& piece, uint64_t first_unit, uint64_t count, bool wake) {
   const RemoteRange range = piece.units(first_unit, count);
   for (;;) {
-    const ProtectOutcome outcome = VMSNAP_TRY(uffd.unprotect(range));
+    const ProtectOutcome outcome = VMSNAP_TRY(uffd.unprotect(range, wake));
     if (outcome == ProtectOutcome::no_mapping) return tl::unexpected(discarded(range.start));
     if (outcome == ProtectOutcome::done) break;
     if (failed()) return status();

@@ -85,7 +85,7 @@ struct CaptureCounters {
   std::atomic<uint64_t> write_faults = 0;
   std::atomic<uint64_t> armed_pages = 0;  // what there is to copy; known after arm()
   std::atomic<uint64_t> split_huge_pages = 0, mended_huge_pages = 0;  // known at the end
-  LatencyHistogram fault_latency;         // event read until the writer goes on
+  LatencyHistogram fault_latency;         // event read until the writer is woken
 };
 
 class CaptureState {
@@ -141,8 +141,8 @@ class CaptureState {
                std::span<const std::byte> data) const;
   // The error that a discarded page is.
   Error discarded(RemotePtr at) const;
-  // Lets writers in again and wakes who waits.
-  Status release(CapturedPiece& piece, uint64_t first_unit, uint64_t count);
+  // Lets writers in again and wakes who waits, unless the caller will (Uffd::wake).
+  Status release(CapturedPiece& piece, uint64_t first_unit, uint64_t count, bool wake = true);
 
  private:
   Status check_file(const CapturedPiece& piece, uint64_t first_unit,

@@ -22,7 +22,7 @@ constexpr int idle_ms = 200;  // how often an idle handler gives a sign of life
 constexpr int lull_ms = 20;   // how long pages wait for company on their way to a compressor
 constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
 constexpr std::chrono::microseconds early_wait{20};
-constexpr size_t max_events = 64;  // that are read in one go
+constexpr size_t max_early = 64;  // writers that are let through together
 constexpr int max_helped = 16;  // events that a helper answers before it goes on with its own work
 constexpr uint64_t max_ahead = 32;  // pages that are dealt with before they are asked for
 
@@ -82,12 +82,11 @@ void FaultHandler::help() {
   const std::shared_lock open(state_.closing, std::try_to_lock);
   // Once stopping, whoever has the lock may close the userfaultfd.
   if (!open || !can_be_helped_ || stopping_ || state_.failed() || !state_.uffd.has_events()) return;
-  const std::unique_lock lock(state_.arming, std::try_to_lock);
-  if (!lock) return;
-  // One at a time: what was read must be answered, and who helps may be the only
-  // one who makes room.
+  // Whoever helps may be the only one who makes room.
   for (int i = 0; i < max_helped && state_.staging->has_plenty(); ++i) {
-    const auto answered = answer(1);
+    std::unique_lock lock(state_.arming, std::try_to_lock);
+    if (!lock) return;
+    const auto answered = answer(std::move(lock));
     if (!answered) return state_.fail(answered.error());
     if (*answered == 0) return;
   }
@@ -105,28 +104,37 @@ void FaultHandler::hand_on_staged() {
 
 Result<size_t> FaultHandler::answer_events() {
   if (state_.early_writes_wait && !at_instant_) std::this_thread::sleep_for(early_wait);
-  std::lock_guard lock(state_.arming);
+  std::unique_lock lock(state_.arming);
   at_instant_ = state_.armed;
-  return answer(max_events);
+  return answer(std::move(lock));
 }
 
-// At most `limit` events, under CaptureState::arming: how many there were.
-Result<size_t> FaultHandler::answer(size_t limit) {
-  const auto events = VMSNAP_TRY(state_.uffd.read_events(limit));
-  for (const UffdEvent& event : events) VMSNAP_CHECK(handle(event));
+// How many events there were; from the instant on, one at most. `lock` is of
+// CaptureState::arming, and let go before anybody is woken: the kernel likes to
+// give the woken the waker's processor, and others wait for the lock.
+Result<size_t> FaultHandler::answer(std::unique_lock<std::mutex> lock) {
+  const auto events = VMSNAP_TRY(state_.uffd.read_events(state_.armed ? 1 : max_early));
+  RemoteRange waiting;
+  for (const UffdEvent& event : events) waiting = VMSNAP_TRY(handle(event));
+  lock.unlock();
+  if (waiting.length > 0) VMSNAP_CHECK(state_.uffd.wake(waiting));
   return events.size();
 }
 
-Status FaultHandler::handle(const UffdEvent& event) {
+// Where somebody is to be woken still; empty: nowhere.
+Result<RemoteRange> FaultHandler::handle(const UffdEvent& event) {
   CapturedPiece* piece = state_.find(event.address);
   if (!piece) return fail(ErrorCode::vm, "a fault outside the captured memory at {:#x}", event.address.address());
   const uint64_t unit = piece->unit_of(event.address);
   switch (event.kind) {
     case UffdEvent::Kind::write_protect:
-      return state_.armed ? handle_write(*piece, unit) : let_through(*piece, unit);
-    case UffdEvent::Kind::missing: return handle_missing(*piece, unit);
-    default: return {};  // not asked for at UFFDIO_API
+      if (state_.armed) return handle_write(*piece, unit);
+      VMSNAP_CHECK(let_through(*piece, unit));
+      break;
+    case UffdEvent::Kind::missing: VMSNAP_CHECK(handle_missing(*piece, unit)); break;
+    default: break;  // not asked for at UFFDIO_API
   }
+  return RemoteRange{};
 }
 
 // The instant is not yet: whoever writes shall write.
@@ -141,25 +149,31 @@ Status FaultHandler::let_through(CapturedPiece& piece, uint64_t unit) {
   return state_.release(piece, free.first, free.end - free.first);
 }
 
-Status FaultHandler::handle_write(CapturedPiece& piece, uint64_t unit) {
+Result<RemoteRange> FaultHandler::handle_write(CapturedPiece& piece, uint64_t unit) {
   const auto start = Clock::now();
   if (++state_.counters.write_faults == 1) VMSNAP_TEST_POINT("copy.first_fault");
   if (state_.first_written.size() < CaptureState::max_first_written) {
     state_.first_written.push_back(piece.page_of(unit));
   }
+  RemoteRange waiting = piece.units(unit, 1);
   switch (piece.states.get(unit)) {
-    case UnitState::zero: VMSNAP_CHECK(state_.release(piece, unit, 1)); break;
+    case UnitState::zero: VMSNAP_CHECK(state_.release(piece, unit, 1, /*wake=*/false)); break;
     case UnitState::armed:
-      VMSNAP_CHECK(piece.piece.unit_bytes == page_size ? copy_pages(piece, unit) : copy_large_unit(piece, unit));
+      if (piece.piece.unit_bytes == page_size) {
+        waiting = VMSNAP_TRY(copy_pages(piece, unit));
+      } else {
+        VMSNAP_CHECK(copy_large_unit(piece, unit));
+      }
       break;
-    case UnitState::claimed: break;  // the sweep has it, and wakes the writer when it frees it
-    case UnitState::done:
-      // Copied and freed since the event was raised: only the wake-up is owed. To
-      // free the page alone once more would split a huge page.
-      VMSNAP_CHECK(state_.uffd.wake(piece.units(unit, 1)));
+    case UnitState::claimed:  // by the sweep, which wakes the writer when it frees the page
+      waiting = {};
+      break;
+    case UnitState::done:  // copied and freed since the event was raised: only the wake-up is owed.
+      // To free the page alone once more would split a huge page.
+      break;
   }
   state_.counters.fault_latency.add(Clock::now() - start);
-  return {};
+  return waiting;
 }
 
 uint64_t FaultHandler::Ahead::at(uint64_t page, uint64_t limit) {
@@ -170,18 +184,19 @@ uint64_t FaultHandler::Ahead::at(uint64_t page, uint64_t limit) {
 }
 
 // What is copied together with a page that is waited for: all of a huge page, if
-// it is one still and nobody need wait for room; else what comes next, if this page came right after
-// the last ones.
+// it is one still and nobody need wait for room; else what comes next, if this page
+// came right after the last ones.
 CapturedPiece::Window FaultHandler::around(const CapturedPiece& piece, uint64_t unit) {
   const CapturedPiece::Window window = piece.window(unit);
   if (keep_huge_ && state_.staging->has_plenty() && piece.is_whole(unit)) return window;
   return {unit, unit + ahead_.at(piece.page_of(unit), window.end - unit)};
 }
 
-Status FaultHandler::copy_pages(CapturedPiece& piece, uint64_t unit) {
+Result<RemoteRange> FaultHandler::copy_pages(CapturedPiece& piece, uint64_t unit) {
   const CapturedPiece::Window window = around(piece, unit);
   Chunk* chunk = VMSNAP_TRY(chunk_with_room(window.end - window.first));
-  return copy_window(state_, piece, window.first, window.end, *chunk);
+  VMSNAP_CHECK(copy_window(state_, piece, window.first, window.end, *chunk, /*wake=*/false));
+  return piece.units(window.first, window.end - window.first);
 }
 
 Status FaultHandler::copy_large_unit(CapturedPiece& piece, uint64_t unit) {
@@ -194,7 +209,7 @@ Status FaultHandler::copy_large_unit(CapturedPiece& piece, uint64_t unit) {
     offset += bytes;
   }
   VMSNAP_CHECK(state_.check(piece, unit, 1, {}));
-  VMSNAP_CHECK(state_.release(piece, unit, 1));
+  VMSNAP_CHECK(state_.release(piece, unit, 1, /*wake=*/false));
   piece.states.set(unit, UnitState::done);
   state_.counters.copied_pages += piece.unit_pages();
   return {};

@@ -37,13 +37,13 @@ class FaultHandler {
 
  private:
   Result<size_t> answer_events();
-  Result<size_t> answer(size_t limit);
-  Status handle(const UffdEvent& event);
+  Result<size_t> answer(std::unique_lock<std::mutex> lock);
+  Result<RemoteRange> handle(const UffdEvent& event);
   Status let_through(CapturedPiece& piece, uint64_t unit);
-  Status handle_write(CapturedPiece& piece, uint64_t unit);
+  Result<RemoteRange> handle_write(CapturedPiece& piece, uint64_t unit);
   Status handle_missing(CapturedPiece& piece, uint64_t unit);
   CapturedPiece::Window around(const CapturedPiece& piece, uint64_t unit);
-  Status copy_pages(CapturedPiece& piece, uint64_t unit);
+  Result<RemoteRange> copy_pages(CapturedPiece& piece, uint64_t unit);
   Status copy_large_unit(CapturedPiece& piece, uint64_t unit);
   Result<Chunk*> chunk_with_room(size_t pages);
   void flush();

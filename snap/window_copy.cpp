@@ -28,7 +28,7 @@ std::vector<Run> claim_runs(UnitStates& states, uint64_t first, uint64_t end) {
 // Frees the copied runs of one window. In one call where nobody else is at
 // work in it, because that leaves a huge page whole; says whether it was.
 Result<bool> release_runs(CaptureState& state, CapturedPiece& piece, uint64_t first, uint64_t end,
-                    const std::vector<Run>& runs) {
+                          const std::vector<Run>& runs, bool wake) {
   uint64_t ours = 0, others = 0;
   for (const Run& run : runs) ours += run.count;
   for (uint64_t unit = first; unit < end; ++unit) {
@@ -37,9 +37,9 @@ Result<bool> release_runs(CaptureState& state, CapturedPiece& piece, uint64_t fi
   }
   const bool at_once = others == ours;
   if (at_once) {
-    VMSNAP_CHECK(state.release(piece, first, end - first));
+    VMSNAP_CHECK(state.release(piece, first, end - first, wake));
   } else {
-    for (const Run& run : runs) VMSNAP_CHECK(state.release(piece, run.first, run.count));
+    for (const Run& run : runs) VMSNAP_CHECK(state.release(piece, run.first, run.count, wake));
   }
   for (const Run& run : runs) {
     for (uint64_t unit = run.first; unit < run.first + run.count; ++unit) {
@@ -52,7 +52,7 @@ Result<bool> release_runs(CaptureState& state, CapturedPiece& piece, uint64_t fi
 }  // namespace
 
 Status copy_window(CaptureState& state, CapturedPiece& piece, uint64_t first, uint64_t end,
-                   Chunk& chunk) {
+                   Chunk& chunk, bool wake) {
   const std::vector<Run> runs = claim_runs(piece.states, first, end);
   if (runs.empty()) return {};
   uint64_t pages = 0;
@@ -62,7 +62,7 @@ Status copy_window(CaptureState& state, CapturedPiece& piece, uint64_t first, ui
     VMSNAP_CHECK(state.check(piece, run.first, run.count, to));
     pages += run.count;
   }
-  const bool at_once = VMSNAP_TRY(release_runs(state, piece, first, end, runs));
+  const bool at_once = VMSNAP_TRY(release_runs(state, piece, first, end, runs, wake));
   const CapturedPiece::Window window = piece.window(first);
   if (piece.is_huge(first) && (!at_once || first != window.first || end != window.end)) {
     state.note_split(piece.units(window.first, 1).start);

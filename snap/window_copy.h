@@ -6,10 +6,11 @@
 namespace vmsnap {
 
 // Claims what is still armed of units [first, end) of 4 KiB, copies it into
-// `chunk`, looks at the marks again and frees it. Units that others have
-// claimed are left to them. `chunk` must have room for all. Any thread; blocks
-// for as long as copying takes: nobody's writes wait longer than that.
+// `chunk`, looks at the marks again and frees it; who waits for any of them is
+// woken, unless the caller will. Units that others have claimed are left to them.
+// `chunk` must have room for all. Any thread; blocks for as long as copying takes:
+// nobody's writes wait longer than that.
 Status copy_window(CaptureState& state, CapturedPiece& piece, uint64_t first, uint64_t end,
-                   Chunk& chunk);
+                   Chunk& chunk, bool wake = true);
 
 }  // namespace vmsnap

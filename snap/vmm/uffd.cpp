@@ -147,8 +147,8 @@ Result<ProtectOutcome> Uffd::write_protect(RemoteRange range) const {
   return change_protection(fd(), range, UFFDIO_WRITEPROTECT_MODE_WP);
 }
 
-Result<ProtectOutcome> Uffd::unprotect(RemoteRange range) const {
-  return change_protection(fd(), range, 0);
+Result<ProtectOutcome> Uffd::unprotect(RemoteRange range, bool wake_waiters) const {
+  return change_protection(fd(), range, wake_waiters ? 0 : UFFDIO_WRITEPROTECT_MODE_DONTWAKE);
 }
 
 static_assert(Uffd::message_bytes == sizeof(uffd_msg));

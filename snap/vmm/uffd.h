@@ -82,9 +82,10 @@ class Uffd {
   Result<RegisterOutcome> register_range(RemoteRange range, RegisterMode mode) const;
   Status unregister_range(RemoteRange range) const;
 
-  // Sets or clears the write protection of whole pages; clearing wakes waiters.
+  // Sets or clears the write protection of whole pages; clearing wakes waiters,
+  // unless wake() will.
   Result<ProtectOutcome> write_protect(RemoteRange range) const;
-  Result<ProtectOutcome> unprotect(RemoteRange range) const;
+  Result<ProtectOutcome> unprotect(RemoteRange range, bool wake = true) const;
 
   // Up to `limit` events, without waiting: empty when none is there. The
   // descriptor must be O_NONBLOCK. (Since Linux 6.9 it does not wait either
