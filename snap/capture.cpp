@@ -12,7 +12,7 @@ namespace vmsnap {
 
 namespace {
 
-constexpr std::chrono::milliseconds progress_interval{200};
+constexpr std::chrono::milliseconds interval{20};  // of progress
 constexpr unsigned pages_between_helps = 4;  // some 60 us of compressing
 constexpr std::chrono::milliseconds pace_step{20};  // how soon a paced worker sees what was staged
 
@@ -67,8 +67,8 @@ void Capture::stop_threads() {
   if (faults_) faults_->request_stop();
   if (fault_thread_.joinable()) fault_thread_.join();
   state_->staging->close();
-  for (std::thread& worker : workers_) {
-    if (worker.joinable()) worker.join();
+  for (const std::future<void>& worker : workers_) {
+    if (worker.valid()) worker.wait();
   }
 }
 
@@ -119,14 +119,13 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
   }
   state_->counters.armed_pages = armed;
   for (unsigned i = 0; i < std::max(1u, options_.workers); ++i) {
-    workers_.emplace_back([this] {
+    workers_.push_back(std::async(std::launch::async, [this] {
       if (const Status worked = work(); !worked) state_->fail(worked.error());
-    });
+    }));
   }
 
   bool half_seen = false;
-  while (!sweep_.finished() && !state_->failed()) {
-    std::this_thread::sleep_for(half_seen ? progress_interval / 10 : progress_interval / 40);
+  while (!sweep_.wait_finished(half_seen ? interval : interval / 4) && !state_->failed()) {
     if (!half_seen && state_->counters.copied_pages * 2 >= armed) {
       half_seen = true;
       VMSNAP_TEST_POINT("copy.half");
@@ -154,14 +153,10 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
   VMSNAP_TEST_POINT("copy.done");
   state_->staging->close();
   mend_huge_pages();
-  for (std::thread& worker : workers_) {
-    while (state_->counters.zero_pages + state_->counters.duplicate_pages + state_->counters.stored_pages <
-               state_->counters.copied_pages &&
-           !state_->failed()) {
+  for (const std::future<void>& worker : workers_) {
+    while (worker.wait_for(interval) != std::future_status::ready) {
       if (const Status wanted = on_progress(); !wanted) state_->fail(wanted.error());
-      std::this_thread::sleep_for(progress_interval / 10);
     }
-    worker.join();
   }
   return state_->status();
 }

@@ -18,6 +18,7 @@
 
 #include <chrono>
 #include <functional>
+#include <future>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -61,8 +62,8 @@ class Capture {
   Status begin(const std::function<Status()>& on_progress);
   Status arm_again() { return arming_->again(); }
   Status arm();
-  // `on_progress` is called about five times a second; an error it returns
-  // ends the capture.
+  // `on_progress` is called some fifty times a second; an error it returns ends
+  // the capture.
   Status finish(const std::function<Status()>& on_progress);
 
   const CaptureCounters& counters() const { return state_->counters; }
@@ -88,7 +89,7 @@ class Capture {
   Sweep sweep_;
   Pace pace_;
   std::thread fault_thread_;
-  std::vector<std::thread> workers_;
+  std::vector<std::future<void>> workers_;
 };
 
 }  // namespace vmsnap

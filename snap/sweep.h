@@ -5,6 +5,9 @@
 // Several threads share one sweep; each calls next() with a chunk of its own.
 #pragma once
 
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <mutex>
@@ -26,25 +29,29 @@ class Sweep {
   // chunk in between.
   Result<bool> next(Chunk& chunk, const std::function<Status()>& full);
 
-  // Nothing is left to take and nobody is copying.
-  bool finished() const;
+  // Waits until nothing is left to take and nobody is copying, up to `limit`: says
+  // whether that is so.
+  bool wait_finished(std::chrono::milliseconds limit);
 
  private:
   struct Work {
     CapturedPiece* piece = nullptr;
     uint64_t first = 0, end = 0;  // units
   };
+  bool finished() const { return exhausted_ && copying_ == 0; }
   bool take(Work& work);
   bool take_early(Work& work);
   Status copy_pages(const Work& work, Chunk& chunk);
   Status copy_large_unit(const Work& work, Chunk& chunk, const std::function<Status()>& full);
 
   CaptureState& state_;
-  mutable std::mutex mutex_;
+  std::mutex mutex_;
+  std::condition_variable finished_;
   size_t early_ = 0, piece_ = 0;  // index of the next run, of the piece
   uint64_t unit_ = 0;             // in that run or piece
   unsigned copying_ = 0;
   bool exhausted_ = false;
+  std::atomic<uint64_t> writes_seen_ = 0;  // CaptureCounters::write_faults, as of the last window
 };
 
 }  // namespace vmsnap
