@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <set>
+#include <utility>
 
 #include "formats/test_point.h"
 #include "snap/thread_priority.h"
@@ -177,10 +178,12 @@ void Capture::mend_huge_pages() {
 // the next of them needs; then the sweep, until there is no more.
 Status Capture::work() {
   take_short_turns();
-  ImageWriter::Encoder encoder([this, pages = 0u]() mutable {
+  ImageWriter::Encoder encoder([this, pages = 0u, writes_seen = uint64_t{0}]() mutable {
     if (++pages % pages_between_helps != 0) return;
     faults_->help();
-    ::sched_yield();  // to a writer that has been let go: the kernel would look only at its next tick
+    const uint64_t writes = state_->counters.write_faults;
+    // To a writer that has been let go: the kernel would look only at its next tick.
+    if (writes != std::exchange(writes_seen, writes)) ::sched_yield();
   });
   Chunk swept = VMSNAP_TRY(Chunk::create());
   swept.populate();

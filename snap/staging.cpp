@@ -34,7 +34,8 @@ Result<std::unique_ptr<Staging>> Staging::create(uint64_t bytes) {
 
 void Staging::populate() {
   std::lock_guard lock(mutex_);
-  for (Chunk* chunk : empty_) chunk->populate();
+  // From the back: the last is taken first.
+  for (size_t i = empty_.size(); i > empty_.size() / 2; --i) empty_[i - 1]->populate();
 }
 
 Chunk* Staging::take_empty(std::chrono::milliseconds limit) {

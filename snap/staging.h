@@ -56,7 +56,7 @@ class Staging {
   // `bytes` of staging, at least 8 MiB.
   static Result<std::unique_ptr<Staging>> create(uint64_t bytes);
 
-  // Takes all of the memory at once, so that no writer waits for the kernel to
+  // Takes half of the memory at once, so that no writer waits for the kernel to
   // find it: that takes longer than to copy a huge page. Before any chunk is taken.
   void populate();
 
