@@ -120,7 +120,8 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
   }
   state_->counters.armed_pages = armed;
   for (unsigned i = 0; i < std::max(1u, options_.workers); ++i) {
-    workers_.push_back(std::async(std::launch::async, [this] {
+    // noexcept: an exception must not vanish in the future, and pages with it.
+    workers_.push_back(std::async(std::launch::async, [this]() noexcept {
       if (const Status worked = work(); !worked) state_->fail(worked.error());
     }));
   }

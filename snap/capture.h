@@ -12,8 +12,9 @@
 // at once, which frees the target. Every call from the same thread.
 //
 // Threads: one answers write faults; `workers` sweep and compress, and between
-// two pages answer a fault that still waits. Memory: the staging, 2 MiB a worker,
-// 1 byte a page of the target, and what ImageWriter states.
+// two pages answer a fault that still waits, and let writers have the processor.
+// Memory: the staging, 2 MiB a worker, 1 byte a page of the target, and what
+// ImageWriter states.
 #pragma once
 
 #include <chrono>

@@ -19,7 +19,7 @@ class FaultHandler {
   // memory (a disk that hangs) makes the capture fail. `heartbeat` is called
   // several times a second from the thread in run().
   // `keep_huge`: all of a huge page is copied when one write to it waits, as
-  // long as there is room; else only what the write needs, which splits it.
+  // long as there is room; else a few pages, which splits it.
   FaultHandler(CaptureState& state, bool keep_huge, std::chrono::milliseconds stall_limit,
                std::function<void()> heartbeat);
   ~FaultHandler();
