@@ -194,7 +194,9 @@ CapturedPiece::Window FaultHandler::around(const CapturedPiece& piece, uint64_t 
   if (!state_.staging->has_plenty()) return {unit, end};
   if (keep_huge_ && piece.is_whole(unit)) return window;
   const uint64_t first = unit - (unit - window.first) % neighbours;
-  return {first, std::max(end, std::min(first + neighbours, window.end))};
+  const uint64_t last = std::max(end, std::min(first + neighbours, window.end));
+  ahead_.reached(piece.page_of(last));
+  return {first, last};
 }
 
 Result<RemoteRange> FaultHandler::copy_pages(CapturedPiece& piece, uint64_t unit) {

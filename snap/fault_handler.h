@@ -56,6 +56,8 @@ class FaultHandler {
    public:
     // How many from `page` on, at most `limit`.
     uint64_t at(uint64_t page, uint64_t limit);
+    // It were more: all before `page`.
+    void reached(uint64_t page) { next_ = page; }
 
    private:
     uint64_t next_ = 0, count_ = 1;

@@ -103,6 +103,16 @@ TEST_F(FaultHandlerTest, IsHelpedByOthers) {
   for (const std::byte byte : staged->data()) ASSERT_EQ(byte, std::byte{'a'});
 }
 
+// Who writes page after page waits ever more rarely.
+TEST_F(FaultHandlerTest, CopiesMoreAheadOfWritesInOrder) {
+  for (const int page : {64, 72, 80, 88, 96, 112}) {
+    write(page);
+    handler_->help();
+    EXPECT_TRUE(becomes_true([&] { return written(); }));
+  }
+  EXPECT_EQ(state_->counters.copied_pages, 80u);
+}
+
 // Of a huge page that is small pages already, there is nothing to keep together.
 TEST_F(FaultHandlerTest, CopiesAllOfAHugePageWhileItIsOne) {
   state_->pieces[0]->note_huge(0, victim_pages);
