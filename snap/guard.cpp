@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <string>
+#include <thread>
 
 #include "snap/vmm/caretaker.h"
 #include "snap/vmm/process.h"
@@ -72,6 +73,11 @@ void GuardProcess::run() {
   if (ksm && *ksm) (*ksm)->end();
 }
 
+// Nobody listens at the monitor's socket: the VM has ended.
+bool is_gone(const Error& error) {
+  return error.os_errno() == ECONNREFUSED || error.os_errno() == ENOENT;
+}
+
 // On the socket we share with the dead: QEMU would not listen to another
 // client while this one is open. Commands go out in one piece, so the dead
 // left none half sent. If the socket is gone, by a connection of our own.
@@ -93,7 +99,14 @@ void GuardProcess::resume_vm() {
     }
   }
   if (qmp_fd >= 0) ::close(std::exchange(qmp_fd, -1));
-  if (auto qmp = Qmp::connect(qmp_path)) (void)qmp->execute("cont");
+  // Whoever has the monitor at this moment may go, and take our connection along:
+  // the VM stands still until one gets through.
+  for (int tries = 0; tries < 50; ++tries) {
+    auto qmp = Qmp::connect(qmp_path);
+    if (qmp && qmp->execute("cont")) return;
+    if (!qmp && is_gone(qmp.error())) return;
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  }
 }
 
 // No pipe or terminal of the caller stays open for our sake.

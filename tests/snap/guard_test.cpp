@@ -21,7 +21,9 @@ using namespace std::chrono_literals;
 // A monitor that answers everything and notes which commands it got.
 class FakeMonitor {
  public:
-  FakeMonitor() : path_(fmt::format("/tmp/vmsnap-guard-test-{}.sock", ::getpid())) {
+  // The first `drops` clients that send "cont" are hung up on instead.
+  explicit FakeMonitor(int drops = 0)
+      : drops_(drops), path_(fmt::format("/tmp/vmsnap-guard-test-{}.sock", ::getpid())) {
     ::unlink(path_.c_str());
     listener_ = Fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
     sockaddr_un address = {};
@@ -43,16 +45,20 @@ class FakeMonitor {
  private:
   void serve() {
     for (;;) {
-      const Fd client(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
+      Fd client(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
       if (!client) return;
       send(client, "{\"QMP\": {}}\r\n");
       std::string text;
       char buffer[4096];
-      for (ssize_t got; (got = ::recv(client.get(), buffer, sizeof buffer, 0)) > 0;) {
+      for (ssize_t got; client && (got = ::recv(client.get(), buffer, sizeof buffer, 0)) > 0;) {
         text.append(buffer, static_cast<size_t>(got));
         for (size_t end; (end = text.find('\n')) != std::string::npos; text.erase(0, end + 1)) {
           const auto command = nlohmann::json::parse(text.substr(0, end), nullptr, false);
           if (!command.is_object()) continue;
+          if (command.value("execute", "") == "cont" && drops_-- > 0) {
+            client.reset();
+            break;
+          }
           nlohmann::json answer = {{"return", nlohmann::json::object()}};
           if (command.contains("id")) answer["id"] = command["id"];
           send(client, answer.dump() + "\r\n");
@@ -68,6 +74,7 @@ class FakeMonitor {
     (void)!::send(client.get(), text.data(), text.size(), MSG_NOSIGNAL);
   }
 
+  int drops_;
   std::string path_;
   Fd listener_;
   std::thread thread_;
@@ -91,6 +98,17 @@ int run_snapshotter(const std::string& path, std::chrono::milliseconds limit, Ac
 
 TEST(Guard, ResumesTheVmWhenWeDieInThePause) {
   FakeMonitor monitor;
+  EXPECT_EQ(run_snapshotter(monitor.path(), 60s,
+                            [](Guard& guard) {
+                              guard.pausing();
+                              ::kill(::getpid(), SIGKILL);
+                            }),
+            1000 + SIGKILL);
+  EXPECT_TRUE(becomes_true([&] { return monitor.resumed(); }));
+}
+
+TEST(Guard, ResumesTheVmThoughItsMonitorHangsUp) {
+  FakeMonitor monitor(/*drops=*/3);
   EXPECT_EQ(run_snapshotter(monitor.path(), 60s,
                             [](Guard& guard) {
                               guard.pausing();
