@@ -101,12 +101,13 @@ void GuardProcess::resume_vm() {
   if (qmp_fd >= 0) ::close(std::exchange(qmp_fd, -1));
   // Whoever has the monitor at this moment may go, and take our connection along:
   // the VM stands still until one gets through.
-  for (int tries = 0; tries < 50; ++tries) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  do {
     auto qmp = Qmp::connect(qmp_path);
     if (qmp && qmp->execute("cont")) return;
     if (!qmp && is_gone(qmp.error())) return;
-    std::this_thread::sleep_for(std::chrono::milliseconds(200));
-  }
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  } while (std::chrono::steady_clock::now() < end);
 }
 
 // No pipe or terminal of the caller stays open for our sake.
