@@ -22,7 +22,6 @@ constexpr int idle_ms = 200;  // how often an idle handler gives a sign of life
 constexpr int lull_ms = 20;   // how long pages wait for company on their way to a compressor
 constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
 constexpr std::chrono::microseconds early_wait{20};
-constexpr size_t max_early = 64;  // writers that are let through together
 constexpr int max_helped = 16;  // events that a helper answers before it goes on with its own work
 constexpr uint64_t neighbours = 8;  // pages; to copy them takes 5 us longer than to copy one
 constexpr uint64_t max_ahead = 32;  // pages that are dealt with before they are asked for
@@ -114,7 +113,7 @@ Result<size_t> FaultHandler::answer_events() {
 // CaptureState::arming, and let go before anybody is woken: the kernel likes to
 // give the woken the waker's processor, and others wait for the lock.
 Result<size_t> FaultHandler::answer(std::unique_lock<std::mutex> lock) {
-  const auto events = VMSNAP_TRY(state_.uffd.read_events(state_.armed ? 1 : max_early));
+  const auto events = VMSNAP_TRY(state_.armed ? state_.uffd.read_events(1) : state_.uffd.read_events());
   RemoteRange waiting;
   for (const UffdEvent& event : events) waiting = VMSNAP_TRY(handle(event));
   lock.unlock();
@@ -215,11 +214,7 @@ Status FaultHandler::copy_large_unit(CapturedPiece& piece, uint64_t unit) {
     VMSNAP_CHECK(state_.copy(piece, unit, offset, to));
     offset += bytes;
   }
-  VMSNAP_CHECK(state_.check(piece, unit, 1, {}));
-  VMSNAP_CHECK(state_.release(piece, unit, 1, /*wake=*/false));
-  piece.states.set(unit, UnitState::done);
-  state_.counters.copied_pages += piece.unit_pages();
-  return {};
+  return free_large_unit(state_, piece, unit, /*wake=*/false);
 }
 
 // An absent page of shared memory was touched. Filled with zeros, as the

@@ -31,6 +31,7 @@ class Chunk {
   // Not yet backed by memory: that comes as it is filled, in huge pages if the
   // kernel has some, because a writer that waits would wait for 512 small ones too.
   static Result<Chunk> create();
+  // Takes all of the memory now.
   void populate();
 
   size_t size() const { return numbers_.size(); }

@@ -55,8 +55,7 @@ Result<bool> Sweep::next(Chunk& chunk, const std::function<Status()>& full) {
   Work work;
   {
     std::lock_guard lock(mutex_);
-    if (exhausted_ || state_.failed()) return false;
-    if (!take(work)) {
+    if (exhausted_ || state_.failed() || !take(work)) {
       if (finished()) finished_.notify_all();
       return false;
     }
@@ -93,11 +92,7 @@ Status Sweep::copy_large_unit(const Work& work, Chunk& chunk, const std::functio
     const std::span<std::byte> to = chunk.add(piece.page_of(work.first) + offset / page_size, pages);
     VMSNAP_CHECK(state_.copy(piece, work.first, offset, to));
   }
-  VMSNAP_CHECK(state_.check(piece, work.first, 1, {}));
-  VMSNAP_CHECK(state_.release(piece, work.first, 1));
-  piece.states.set(work.first, UnitState::done);
-  state_.counters.copied_pages += piece.unit_pages();
-  return {};
+  return free_large_unit(state_, piece, work.first);
 }
 
 }  // namespace vmsnap

@@ -2,7 +2,6 @@
 
 #include <vector>
 
-
 namespace vmsnap {
 
 namespace {
@@ -68,6 +67,14 @@ Status copy_window(CaptureState& state, CapturedPiece& piece, uint64_t first, ui
     state.note_split(piece.units(window.first, 1).start);
   }
   state.counters.copied_pages += pages;
+  return {};
+}
+
+Status free_large_unit(CaptureState& state, CapturedPiece& piece, uint64_t unit, bool wake) {
+  VMSNAP_CHECK(state.check(piece, unit, 1, {}));
+  VMSNAP_CHECK(state.release(piece, unit, 1, wake));
+  piece.states.set(unit, UnitState::done);
+  state.counters.copied_pages += piece.unit_pages();
   return {};
 }
 

@@ -1,4 +1,5 @@
-// Capturing what is still to be captured of a few neighbouring pages.
+// Capturing what is still to be captured of a few neighbouring pages, and letting
+// writers in again.
 #pragma once
 
 #include "snap/capture_state.h"
@@ -12,5 +13,10 @@ namespace vmsnap {
 // nobody's writes wait longer than that.
 Status copy_window(CaptureState& state, CapturedPiece& piece, uint64_t first, uint64_t end,
                    Chunk& chunk, bool wake = true);
+
+// What follows when all of a claimed unit larger than a page has been copied: looks
+// at its mark again and frees it; who waits for it is woken, unless the caller will.
+// Any thread.
+Status free_large_unit(CaptureState& state, CapturedPiece& piece, uint64_t unit, bool wake = true);
 
 }  // namespace vmsnap

@@ -274,14 +274,14 @@ TEST_P(HugePagesTest, AreHugeAfterTenSnapshots) {
   constexpr uint64_t huge = 2 << 20, total = 16 * huge;
   Huge* talk = shared_with_victim<Huge>();
   Victim victim([&] {
-    void* memory = ::mmap(nullptr, total + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    const uint64_t start = (reinterpret_cast<uint64_t>(memory) + huge - 1) & ~(huge - 1);
-    auto* bytes_of = reinterpret_cast<volatile char*>(start);
-    ::madvise(reinterpret_cast<void*>(start), total, MADV_HUGEPAGE);
+    char* memory = map_for_huge_pages(total);
+    if (!memory) return 1;
+    ::madvise(memory, total, MADV_HUGEPAGE);
+    volatile char* bytes_of = memory;
     for (;;) {
       for (uint64_t at = 0; at < total; at += 5 * page_size) bytes_of[at] = bytes_of[at] + 1;
       ++talk->passes;
-      talk->address = start;
+      talk->address = reinterpret_cast<uint64_t>(memory);
     }
     return 0;
   });

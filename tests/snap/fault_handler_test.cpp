@@ -26,11 +26,8 @@ struct WriterTalk {
 };
 
 int write_as_told(WriterTalk* talk) {
-  void* mapped = ::mmap(nullptr, 2 * huge_page_bytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) return 1;
-  const uint64_t start = (reinterpret_cast<uint64_t>(mapped) + huge_page_bytes - 1) & ~(huge_page_bytes - 1);
-  auto* memory = reinterpret_cast<char*>(start);
+  char* memory = map_for_huge_pages(huge_page_bytes);
+  if (!memory) return 1;
   std::memset(memory, 'a', huge_page_bytes);
   talk->address = reinterpret_cast<uint64_t>(memory);
   for (;;) {

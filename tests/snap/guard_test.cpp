@@ -96,25 +96,22 @@ int run_snapshotter(const std::string& path, std::chrono::milliseconds limit, Ac
   return snapshotter.wait();
 }
 
+constexpr int killed = 1000 + SIGKILL;
+
+void die_in_the_pause(Guard& guard) {
+  guard.pausing();
+  ::kill(::getpid(), SIGKILL);
+}
+
 TEST(Guard, ResumesTheVmWhenWeDieInThePause) {
   FakeMonitor monitor;
-  EXPECT_EQ(run_snapshotter(monitor.path(), 60s,
-                            [](Guard& guard) {
-                              guard.pausing();
-                              ::kill(::getpid(), SIGKILL);
-                            }),
-            1000 + SIGKILL);
+  EXPECT_EQ(run_snapshotter(monitor.path(), 60s, die_in_the_pause), killed);
   EXPECT_TRUE(becomes_true([&] { return monitor.resumed(); }));
 }
 
 TEST(Guard, ResumesTheVmThoughItsMonitorHangsUp) {
   FakeMonitor monitor(/*drops=*/3);
-  EXPECT_EQ(run_snapshotter(monitor.path(), 60s,
-                            [](Guard& guard) {
-                              guard.pausing();
-                              ::kill(::getpid(), SIGKILL);
-                            }),
-            1000 + SIGKILL);
+  EXPECT_EQ(run_snapshotter(monitor.path(), 60s, die_in_the_pause), killed);
   EXPECT_TRUE(becomes_true([&] { return monitor.resumed(); }));
 }
 
@@ -126,7 +123,7 @@ TEST(Guard, LeavesTheVmAloneWhenThereIsNothingToResume) {
                               guard.resumed();
                               ::kill(::getpid(), SIGKILL);
                             }),
-            1000 + SIGKILL);
+            killed);
   // The next client is served: the guard has let the monitor go.
   auto next = Qmp::connect(monitor.path());
   EXPECT_TRUE(next);
@@ -140,7 +137,7 @@ TEST(Guard, EndsASnapshotterThatStandsStillInThePause) {
                               guard.pausing();
                               ::kill(::getpid(), SIGSTOP);
                             }),
-            1000 + SIGKILL);
+            killed);
   EXPECT_TRUE(becomes_true([&] { return monitor.resumed(); }));
 }
 
@@ -151,7 +148,7 @@ TEST(Guard, EndsASnapshotterWithoutHeartbeatsWhileMemoryIsProtected) {
                               guard.watching();
                               ::pause();
                             }),
-            1000 + SIGKILL);
+            killed);
   EXPECT_FALSE(monitor.resumed());
 }
 

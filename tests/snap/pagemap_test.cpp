@@ -82,10 +82,9 @@ TEST_P(PageMapTest, FindsPagesAndMarksInBothWays) {
 
 TEST(PageMapHuge, TellsWhichPagesAreHuge) {
   constexpr uint64_t huge = 2 << 20;
-  void* memory = ::mmap(nullptr, 4 * huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  ASSERT_NE(memory, MAP_FAILED);
-  const RemotePtr start((reinterpret_cast<uint64_t>(memory) + huge - 1) & ~(huge - 1));
-  auto* bytes = reinterpret_cast<char*>(start.address());
+  char* bytes = map_for_huge_pages(3 * huge);
+  ASSERT_NE(bytes, nullptr);
+  const RemotePtr start(reinterpret_cast<uint64_t>(bytes));
   ::madvise(bytes, huge, MADV_HUGEPAGE);
   ::madvise(bytes + huge, huge, MADV_NOHUGEPAGE);
   bytes[5] = bytes[huge + 5] = 1;
@@ -94,7 +93,6 @@ TEST(PageMapHuge, TellsWhichPagesAreHuge) {
   ASSERT_EQ(runs.size(), 1u);
   EXPECT_EQ(runs[0].start, start);
   EXPECT_EQ(runs[0].length, huge);
-  ::munmap(memory, 4 * huge);
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, PageMapTest, ::testing::Values(false, true),

@@ -24,6 +24,15 @@ T* shared_with_victim() {
   return new (memory) T();
 }
 
+// Private memory that starts where a huge page can; null when there is none. It
+// lives as long as the process.
+inline char* map_for_huge_pages(uint64_t bytes) {
+  constexpr uint64_t huge = 2 << 20;
+  void* memory = ::mmap(nullptr, bytes + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  return reinterpret_cast<char*>((reinterpret_cast<uint64_t>(memory) + huge - 1) & ~(huge - 1));
+}
+
 // Within ten seconds.
 inline bool becomes_true(const std::function<bool()>& condition) {
   for (int i = 0; i < 10000 && !condition(); ++i) {
