@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 
@@ -12,13 +13,14 @@
 
 namespace vmsnap {
 
-// A file with page frames in it; borrowed, not owned.
+// A file with page frames in it; borrowed, not owned, unless `hold` is set.
 struct FrameSource {
   int fd = -1;
   const std::string& name;  // for errors
   uint64_t seed = 0;
   uint64_t end = 0;                // no frame reaches past this byte of the file
   const SecretKey* key = nullptr;  // null: its frames are not sealed
+  std::shared_ptr<const void> hold = nullptr;  // keeps all of the above
 };
 
 // Which file the frames of a pack number are in, of an image that is read.
@@ -26,7 +28,8 @@ class FrameFiles {
  public:
   virtual ~FrameFiles() = default;
   // ErrorCode::damaged if there is no such pack, or not the one it must be.
-  // Valid as long as this object. Any number of threads; may block on the disk.
+  // Valid as long as this object, and as the source is kept. Any number of threads;
+  // may block on the disk.
   virtual Result<FrameSource> source(uint64_t pack) const = 0;
   // The id of the file, the same in every image that refers to it.
   virtual Result<layout::ImageId> file_id(uint64_t pack) const = 0;

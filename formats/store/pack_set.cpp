@@ -1,5 +1,8 @@
 #include "formats/store/pack_set.h"
 
+#include <sys/resource.h>
+
+#include <algorithm>
 #include <utility>
 
 #include "formats/damage.h"
@@ -7,8 +10,20 @@
 
 namespace vmsnap {
 
+namespace {
+
+// A share of the descriptors that this process may have: two sets may be in use,
+// and much else.
+size_t max_open_packs() {
+  rlimit limit = {};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) limit.rlim_cur = 1024;
+  return std::clamp<rlim_t>(limit.rlim_cur / 4, 8, 4096);
+}
+
+}  // namespace
+
 PackSet::PackSet(StorePaths paths, const SecretKey* master)
-    : paths_(std::move(paths)), master_(master) {}
+    : paths_(std::move(paths)), master_(master), max_open_(max_open_packs()) {}
 
 void PackSet::add_rows(const std::vector<layout::PackRow>& rows) {
   std::unique_lock lock(mutex_);
@@ -85,30 +100,42 @@ Result<layout::ImageId> PackSet::file_id(uint64_t number) const {
   return packs_[number - 1]->row.id;
 }
 
+FrameSource PackSet::source_of(const Pack& pack) const {
+  if (pack.fd >= 0) {
+    return {pack.fd, pack.name, layout::image_seed(pack.row.id), pack.row.frames_end, pack.key};
+  }
+  FrameSource source = pack.file->frames(pack.row.frames_end);
+  source.hold = pack.file;
+  return source;
+}
+
 Result<FrameSource> PackSet::source(uint64_t number) const {
-  const auto open = [](const Pack& pack) -> FrameSource {
-    if (pack.fd >= 0) {
-      return {pack.fd, pack.name, layout::image_seed(pack.row.id), pack.row.frames_end, pack.key};
-    }
-    return pack.file->frames(pack.row.frames_end);
-  };
   {
     std::shared_lock lock(mutex_);
     if (number == 0 || number > packs_.size()) {
       return damaged(paths_.root, "a page entry refers to pack number {}", number);
     }
     const Pack& pack = *packs_[number - 1];
-    if (pack.fd >= 0 || pack.file) return open(pack);
+    if (pack.fd >= 0 || pack.file) return source_of(pack);
   }
   std::unique_lock lock(mutex_);
-  Pack& pack = *packs_[number - 1];
-  if (!pack.file) {
-    pack.file = VMSNAP_TRY(open_pack(paths_, pack.row.id, master_));
-    if (pack.file->sealed() && !master_) {
-      return fail(ErrorCode::wrong_key, "{} is sealed, and no key was given", pack.file->path());
-    }
+  const Pack& pack = *packs_[number - 1];
+  if (!pack.file) VMSNAP_CHECK(open_locked(number));
+  return source_of(pack);
+}
+
+Status PackSet::open_locked(uint64_t number) const {
+  while (open_.size() >= max_open_) {
+    packs_[open_.front() - 1]->file.reset();  // who reads it now holds it still
+    open_.pop_front();
   }
-  return open(pack);
+  std::shared_ptr<PackFile> file = VMSNAP_TRY(open_pack(paths_, packs_[number - 1]->row.id, master_));
+  if (file->sealed() && !master_) {
+    return fail(ErrorCode::wrong_key, "{} is sealed, and no key was given", file->path());
+  }
+  packs_[number - 1]->file = std::move(file);
+  open_.push_back(number);
+  return {};
 }
 
 }  // namespace vmsnap

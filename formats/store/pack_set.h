@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -16,8 +17,9 @@
 
 namespace vmsnap {
 
-// Packs are opened when they are first read, and stay open. Any number of
-// threads.
+// Packs are opened when they are read, and stay open until there are too many for
+// the descriptors that a process may have: a snapshot may refer to thousands. Any
+// number of threads.
 class PackSet : public FrameFiles {
  public:
   // `master` (borrowed) is null for a store that is not sealed.
@@ -45,18 +47,22 @@ class PackSet : public FrameFiles {
  private:
   struct Pack {
     layout::PackRow row = {};
-    std::unique_ptr<PackFile> file;  // null until it is first read
+    std::shared_ptr<PackFile> file;  // null while it is not open
     int fd = -1;                     // of a pack being written
     std::string name;
     const SecretKey* key = nullptr;
   };
 
   Result<uint64_t> add_locked(std::unique_ptr<Pack> pack);
+  Status open_locked(uint64_t number) const;
+  FrameSource source_of(const Pack& pack) const;
 
   const StorePaths paths_;
   const SecretKey* const master_;
+  const size_t max_open_;
   mutable std::shared_mutex mutex_;
   mutable std::vector<std::unique_ptr<Pack>> packs_;  // number - 1
+  mutable std::deque<uint64_t> open_;                 // numbers, opened longest ago first
   std::map<layout::ImageId, uint64_t> numbers_;
 };
 

@@ -1,9 +1,11 @@
+#include <sys/resource.h>
 #include <sys/stat.h>
 
 #include <random>
 #include <set>
 
 #include "formats/page_entry.h"
+#include "formats/page_store.h"
 #include "formats/verify.h"
 #include "tests/store/test_store.h"
 
@@ -77,6 +79,24 @@ TEST_F(SnapshotsInAStore, OfSeveralPacks) {
   EXPECT_GE(files_in(store->paths().packs()), 2u);
   expect_pages(*store, first.id, pages);
   EXPECT_EQ(write(*store, pages).counts.stored, 0u);
+}
+
+// A reader must not need a descriptor for each pack: out of them, it would read
+// nothing at all.
+TEST_F(SnapshotsInAStore, OfMorePacksThanDescriptors) {
+  constexpr size_t packs = 40;
+  std::vector<PageBytes> pages;
+  for (uint64_t i = 0; i < packs * PageStore::max_batch; ++i) pages.push_back(random_page(i));
+  const auto store = open();
+  const Written written = write(*store, pages, {.pack_bytes = 1});
+  ASSERT_GE(files_in(store->paths().packs()), packs);
+  rlimit before = {};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  const rlimit few = {.rlim_cur = packs, .rlim_max = before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &few), 0);
+  expect_pages(*store, written.id, pages);
+  expect_pages(*store, written.id, pages);  // what was closed is opened again
+  EXPECT_EQ(::setrlimit(RLIMIT_NOFILE, &before), 0);
 }
 
 TEST_F(SnapshotsInAStore, KeepTheWorkingSet) {
