@@ -112,7 +112,11 @@ Result<HandedUffd> by_monitor(const Process& process, Qmp& qmp, KeepInVmm keep) 
 Result<HandedUffd> by_system_call(const Process& process, KeepInVmm keep) {
   return make_and_take(
       process,
-      [](RemoteThread& thread) { return thread.call(SYS_userfaultfd, {uffd_flags}); }, keep);
+      [](RemoteThread& thread) -> Result<int64_t> {
+        VMSNAP_CHECK(thread.check_unfiltered());
+        return thread.call(SYS_userfaultfd, {uffd_flags});
+      },
+      keep);
 }
 
 // For a process without privileges and without a monitor: it is made to
@@ -199,6 +203,7 @@ Result<HandedUffd> by_socket(const Process& process, KeepInVmm keep) {
   return make_and_take(
       process,
       [&](RemoteThread& thread) -> Result<int64_t> {
+        VMSNAP_CHECK(thread.check_unfiltered());
         const int64_t device = VMSNAP_TRY(offer.hand_to(thread, process));
         if (device < 0) return device;
         const auto number = static_cast<uint64_t>(device);

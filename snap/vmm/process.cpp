@@ -122,7 +122,12 @@ Result<std::string> Process::working_directory() const {
 }
 
 Result<std::string> Process::status_field(std::string_view name) const {
-  const std::string status = VMSNAP_TRY(read_small_file(fmt::format("/proc/{}/status", pid_)));
+  return thread_status_field(pid_, name);
+}
+
+Result<std::string> Process::thread_status_field(pid_t tid, std::string_view name) const {
+  const std::string status =
+      VMSNAP_TRY(read_small_file(fmt::format("/proc/{}/task/{}/status", pid_, tid)));
   const std::string key = fmt::format("\n{}:", name);
   const size_t at = status.find(key);
   if (at == std::string::npos) return std::string();

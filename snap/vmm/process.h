@@ -48,6 +48,7 @@ class Process {
   Result<std::string> working_directory() const;         // /proc/PID/cwd
   // Value of "Name:" in /proc/PID/status, trimmed; empty if it is not there.
   Result<std::string> status_field(std::string_view name) const;
+  Result<std::string> thread_status_field(pid_t tid, std::string_view name) const;
   // Thread numbers at this moment.
   Result<std::vector<pid_t>> threads() const;
   // What each of its descriptors is open on: (number, link text).

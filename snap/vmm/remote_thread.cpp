@@ -77,9 +77,10 @@ Result<RemoteThread> RemoteThread::seize(const Process& process) {
 
 Status RemoteThread::prepare() {
   syscall_instruction_ = VMSNAP_TRY(find_syscall_instruction(*process_));
-  // A seccomp filter that does not know our call would kill the VM. Needs
-  // CAP_SYS_ADMIN; without it, the call runs under the filter as it is.
-  trace(PTRACE_SETOPTIONS, tid_, 0, uint64_t{PTRACE_O_SUSPEND_SECCOMP});
+  // A seccomp filter that does not know our call would kill the VM. The kernel
+  // suspends it only for who has CAP_SYS_ADMIN and no filter of its own.
+  filtered_ = trace(PTRACE_SETOPTIONS, tid_, 0, uint64_t{PTRACE_O_SUSPEND_SECCOMP}) < 0 &&
+              VMSNAP_TRY(process_->thread_status_field(tid_, "Seccomp")) != "0";
   // Signals wait until we are done, but for SIGTRAP, which ends our step.
   if (trace(PTRACE_GETSIGMASK, tid_, sizeof saved_mask_, &saved_mask_) < 0) {
     return trace_error(*process_, "PTRACE_GETSIGMASK", errno);
@@ -92,12 +93,23 @@ Status RemoteThread::prepare() {
   return {};
 }
 
+Status RemoteThread::check_unfiltered() const {
+  if (!filtered_) return {};
+  return tl::unexpected(
+      Error(ErrorCode::privilege,
+            fmt::format("{} has a seccomp filter, which cannot be suspended from here",
+                        process_->describe()))
+          .with_remedy("Run vmsnap as root and without a seccomp filter of its own (a container's, "
+                       "or one that systemd set for its service)."));
+}
+
 RemoteThread::RemoteThread(RemoteThread&& other) noexcept
     : process_(other.process_),
       tid_(std::exchange(other.tid_, 0)),
       saved_(other.saved_),
       saved_mask_(other.saved_mask_),
       prepared_(other.prepared_),
+      filtered_(other.filtered_),
       syscall_instruction_(other.syscall_instruction_),
       scratch_(other.scratch_),
       scratch_saved_(std::move(other.scratch_saved_)) {}

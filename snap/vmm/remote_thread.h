@@ -41,6 +41,11 @@ class RemoteThread {
 
   pid_t tid() const { return tid_; }
 
+  // ErrorCode::privilege if a seccomp filter is in force, which would kill the process
+  // for a call that it does not know. To be asked before any call that not every VMM
+  // makes itself; QEMU's filter lets ioctl(2), close(2) and mmap(2) pass.
+  Status check_unfiltered() const;
+
   // Runs one system call; returns what it returned, -errno included. At most
   // six arguments.
   Result<int64_t> call(long number, std::initializer_list<uint64_t> arguments);
@@ -58,6 +63,7 @@ class RemoteThread {
   user_regs_struct saved_ = {};
   uint64_t saved_mask_ = 0;
   bool prepared_ = false;
+  bool filtered_ = false;
   RemotePtr syscall_instruction_;
   RemotePtr scratch_;
   std::vector<std::byte> scratch_saved_;

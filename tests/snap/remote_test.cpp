@@ -1,8 +1,11 @@
 // Borrowing threads of a process, and stopping all of them, without its
 // noticing.
 #include <fcntl.h>
-#include <sys/epoll.h>
 #include <gtest/gtest.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/epoll.h>
+#include <sys/prctl.h>
 
 #include <atomic>
 #include <cerrno>
@@ -167,6 +170,43 @@ TEST(Handover, WorksOnAnUnprivilegedProcess) {
   auto handed = bring_out_uffd(process, nullptr, uffd_feature::pagefault_flag_wp, KeepInVmm::no);
   ASSERT_TRUE(handed) << handed.error().message();
   EXPECT_EQ(process.descriptors()->size(), before);
+}
+
+// A seccomp filter that kills for one system call.
+bool forbid(uint32_t number) {
+  sock_filter program[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, number, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  const sock_fprog filter = {std::size(program), program};
+  return ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 &&
+         ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0;
+}
+
+// Its filter is suspended for our call; where the kernel does not allow that, to who
+// has a filter itself, the call is not made.
+TEST(Handover, DoesNotGetATargetKilledByItsFilter) {
+  Signals* signals = shared_with_victim<Signals>();
+  Victim victim([&] {
+    if (!forbid(SYS_userfaultfd)) return 1;
+    signals->ready = 1;
+    while (signals->go_on == 0) std::this_thread::sleep_for(1ms);
+    return 0;
+  });
+  wait_until([&] { return signals->ready == 1; });
+  const auto attach = [&] { return bring_out_uffd(victim.process(), nullptr, 0, KeepInVmm::no); };
+  Victim filtered([&] {
+    if (!forbid(SYS_reboot)) return 1;
+    const auto handed = attach();
+    return handed ? 2 : handed.error().code() == ErrorCode::privilege ? 0 : 3;
+  });
+  EXPECT_EQ(filtered.wait(), 0);
+  const auto handed = attach();
+  EXPECT_TRUE(handed) << handed.error().message();
+  signals->go_on = 1;
+  EXPECT_EQ(victim.wait(), 0);
 }
 
 TEST(ThreadStop, StopsEveryThreadAndLetsThemGoOn) {
