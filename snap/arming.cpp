@@ -22,10 +22,6 @@ constexpr size_t few_runs = 128;
 // hugetlb pages are so few that there is nothing to gain.
 bool armed_ahead(const CapturedPiece& piece) { return piece.piece.unit_bytes == page_size; }
 
-bool is_private(const MemoryPiece& piece) {
-  return piece.backing == Backing::anonymous || piece.backing == Backing::hugetlb_private;
-}
-
 void set_armed(CapturedPiece& piece, uint64_t first_unit, uint64_t end_unit) {
   for (uint64_t unit = first_unit; unit < end_unit; ++unit) piece.states.set(unit, UnitState::armed);
 }
@@ -155,9 +151,9 @@ Status Arming::survey(CapturedPiece& piece) {
     return set_armed_by_file(state_.process, state_.pagemap, piece);
   }
   if (!armed_ahead(piece)) return {};
-  if (memory.backing == Backing::private_of_file) {
-    set_armed(piece, 0, piece.states.count());
-    return {};
+  if (memory.private_of_file()) {
+    VMSNAP_CHECK(note_owned(piece, memory.range));
+    return set_armed_by_file(state_.process, state_.pagemap, piece);
   }
   piece.holes = holes_between(VMSNAP_TRY(state_.pagemap.populated(memory.range)), memory.range);
   for (const RemoteRange& run : VMSNAP_TRY(state_.pagemap.unmarked(memory.range))) {
@@ -198,13 +194,27 @@ Status Arming::protect_runs(std::vector<UnitRun> runs) {
   for (const UnitRun& run : runs) {
     const RemoteRange range = run.piece->units(run.first, run.count);
     VMSNAP_CHECK(protect(range));
-    // Absent private pages take no mark and read as zero. What shared memory
-    // holds was noted when it was surveyed or filled.
-    if (is_private(run.piece->piece)) {
+    // Absent anonymous pages take no mark and read as zero. What a file holds was
+    // noted when it was surveyed or filled.
+    if (run.piece->piece.private_of_file()) {
+      VMSNAP_CHECK(note_owned(*run.piece, range));
+    } else if (!run.piece->piece.shared()) {
       set_armed(*run.piece, VMSNAP_TRY(state_.pagemap.marked(range)));
     }
   }
   state_.written_early.insert(state_.written_early.end(), runs.begin(), runs.end());
+  return {};
+}
+
+// After it was protected. Never taken back: what was discarded since fails the
+// capture, though it need not.
+Status Arming::note_owned(CapturedPiece& piece, RemoteRange range) {
+  const std::vector<RemoteRange> runs = VMSNAP_TRY(state_.pagemap.owned(range));
+  set_armed(piece, runs);
+  for (const RemoteRange& run : runs) {
+    const uint64_t end = piece.unit_of(run.end() + (piece.piece.unit_bytes - 1));
+    for (uint64_t unit = piece.unit_of(run.start); unit < end; ++unit) piece.own[unit] = true;
+  }
   return {};
 }
 
@@ -219,6 +229,18 @@ Status Arming::protect_appeared(CapturedPiece& piece) {
   return {};
 }
 
+// All of it that has the mark: what is absent may be data of the file, or a page that
+// is being migrated, which cannot be seen.
+Status Arming::arm_private_hugetlb(CapturedPiece& piece) {
+  if (piece.piece.file) {
+    struct stat about = {};
+    if (::fstat(piece.piece.file->get(), &about) < 0) return fail_errno(errno, "cannot look at huge pages");
+    piece.expected_blocks = static_cast<uint64_t>(about.st_blocks);
+  }
+  set_armed(piece, VMSNAP_TRY(state_.pagemap.marked(piece.piece.range)));
+  return note_owned(piece, piece.piece.range);
+}
+
 Status Arming::at_instant() {
   VMSNAP_CHECK(protect_runs(std::exchange(state_.let_through, {})));
   const size_t half = state_.pieces.size() / 2;
@@ -228,9 +250,7 @@ Status Arming::at_instant() {
     VMSNAP_CHECK(protect_appeared(piece));
     if (armed_ahead(piece)) continue;
     VMSNAP_CHECK(protect(piece.piece.range));
-    if (is_private(piece.piece)) {
-      set_armed(piece, VMSNAP_TRY(state_.pagemap.marked(piece.piece.range)));
-    }
+    if (piece.piece.private_of_file()) VMSNAP_CHECK(arm_private_hugetlb(piece));
   }
   state_.armed = true;
   return {};

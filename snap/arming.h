@@ -45,7 +45,9 @@ class Arming {
   void note_huge(CapturedPiece& piece, const std::vector<RemoteRange>& runs);
   Result<size_t> protect_again();
   Status protect_runs(std::vector<UnitRun> runs);
+  Status note_owned(CapturedPiece& piece, RemoteRange range);
   Status protect_appeared(CapturedPiece& piece);
+  Status arm_private_hugetlb(CapturedPiece& piece);
 
   CaptureState& state_;
 };

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <thread>
 
 namespace vmsnap {
 
@@ -40,6 +41,7 @@ CaptureState::CaptureState(const Process& target, PageMap map, Uffd fd, const Gu
     : process(target), pagemap(std::move(map)), uffd(std::move(fd)), staging(std::move(staging_memory)) {
   for (const MemoryPiece& piece : memory.pieces) {
     pieces.push_back(std::make_unique<CapturedPiece>(piece));
+    if (piece.private_of_file()) pieces.back()->own.resize(piece.unit_count());
   }
 }
 
@@ -77,19 +79,79 @@ Status CaptureState::status() const {
 
 Status CaptureState::copy(const CapturedPiece& piece, uint64_t first_unit, uint64_t offset,
                           std::span<std::byte> to) const {
+  if (piece.piece.private_of_file()) return copy_private_of_file(piece, first_unit, offset, to);
   const uint64_t in_piece = first_unit * piece.piece.unit_bytes + offset;
-  if (!piece.piece.shared()) {
-    const Status read = process.read(piece.piece.range.start + in_piece, to);
-    // Unmapped, moved, or its protection changed.
-    if (!read && read.error().os_errno() == EFAULT) {
-      return tl::unexpected(discarded(piece.piece.range.start + in_piece));
-    }
-    return read;
+  return piece.piece.shared() ? read_file(piece, in_piece, to) : read_memory(piece, in_piece, to);
+}
+
+Status CaptureState::read_memory(const CapturedPiece& piece, uint64_t in_piece,
+                                 std::span<std::byte> to) const {
+  const Status read = process.read(piece.piece.range.start + in_piece, to);
+  // Unmapped, moved, or its protection changed.
+  if (!read && read.error().os_errno() == EFAULT) {
+    return tl::unexpected(discarded(piece.piece.range.start + in_piece));
   }
-  // Through the file, not through the mapping: reading a hole through the
-  // mapping would fill it, and would wait for ourselves.
+  return read;
+}
+
+// Not through the mapping: reading a hole through that would fill it, and, if it is
+// shared, would wait for ourselves.
+Status CaptureState::read_file(const CapturedPiece& piece, uint64_t in_piece,
+                               std::span<std::byte> to) const {
+  if (!piece.piece.file) {
+    std::ranges::fill(to, std::byte{0});
+    return {};
+  }
   return read_exact_at(piece.piece.file->get(), to, piece.piece.file_offset + in_piece,
-                       "shared memory of " + process.describe());
+                       "the file behind memory of " + process.describe());
+}
+
+// A unit that is the process's own is read from it, all others from the file.
+Status CaptureState::copy_private_of_file(const CapturedPiece& piece, uint64_t first_unit,
+                                          uint64_t offset, std::span<std::byte> to) const {
+  const uint64_t unit_bytes = piece.piece.unit_bytes;
+  const uint64_t units = (offset + to.size() + unit_bytes - 1) / unit_bytes;
+  const std::vector<bool> own = VMSNAP_TRY(owned(piece, first_unit, units));
+  for (size_t done = 0; done < to.size();) {
+    const uint64_t unit = (offset + done) / unit_bytes;
+    uint64_t end = unit + 1;
+    while (end < units && own[end] == own[unit]) ++end;
+    const auto part = to.subspan(done, std::min(to.size() - done, end * unit_bytes - (offset + done)));
+    const uint64_t in_piece = first_unit * unit_bytes + offset + done;
+    VMSNAP_CHECK(own[unit] ? read_memory(piece, in_piece, part) : read_file(piece, in_piece, part));
+    done += part.size();
+  }
+  return {};
+}
+
+Result<std::vector<bool>> CaptureState::owned(const CapturedPiece& piece, uint64_t first_unit,
+                                              uint64_t count) const {
+  std::vector<bool> own(count);
+  const RemoteRange range = piece.units(first_unit, count);
+  const std::vector<RemoteRange> runs = VMSNAP_TRY(pagemap.owned(range));
+  for (const RemoteRange& run : runs) {
+    const uint64_t end = (run.end() - range.start + piece.piece.unit_bytes - 1) / piece.piece.unit_bytes;
+    for (uint64_t unit = (run.start - range.start) / piece.piece.unit_bytes; unit < end; ++unit) {
+      own[unit] = true;
+    }
+  }
+  return own;
+}
+
+// A page of the process's own that was discarded leaves its mark, on nothing, and
+// the file shines through.
+Status CaptureState::check_owned(const CapturedPiece& piece, uint64_t first_unit, uint64_t count) const {
+  constexpr int tries = 10;  // a huge page that is being migrated cannot be seen
+  for (int i = 1;; ++i) {
+    const std::vector<bool> own = VMSNAP_TRY(owned(piece, first_unit, count));
+    uint64_t unit = 0;
+    while (unit < count && (own[unit] || !piece.own[first_unit + unit])) ++unit;
+    if (unit == count) return {};
+    if (piece.piece.unit_bytes == page_size || i == tries) {
+      return tl::unexpected(discarded(piece.units(first_unit + unit, 1).start));
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
 }
 
 Error CaptureState::discarded(RemotePtr at) const {
@@ -118,7 +180,8 @@ Status CaptureState::check(const CapturedPiece& piece, uint64_t first_unit, uint
     const bool from_start = !marked.empty() && marked[0].start == range.start;
     return tl::unexpected(discarded(from_start ? marked[0].end() : range.start));
   }
-  if (piece.piece.shared()) return check_file(piece, first_unit, data);
+  if (piece.piece.private_of_file()) VMSNAP_CHECK(check_owned(piece, first_unit, count));
+  if (piece.piece.file) return check_file(piece, first_unit, data);
   return {};
 }
 
@@ -127,7 +190,7 @@ Status CaptureState::check(const CapturedPiece& piece, uint64_t first_unit, uint
 Status CaptureState::check_file(const CapturedPiece& piece, uint64_t first_unit,
                                 std::span<const std::byte> data) const {
   const int fd = piece.piece.file->get();
-  if (piece.piece.backing == Backing::hugetlb_shared) {
+  if (piece.piece.unit_bytes > page_size) {
     struct stat about = {};
     if (::fstat(fd, &about) < 0) return fail_errno(errno, "cannot look at shared memory");
     if (static_cast<uint64_t>(about.st_blocks) < piece.expected_blocks) {
@@ -137,11 +200,13 @@ Status CaptureState::check_file(const CapturedPiece& piece, uint64_t first_unit,
   }
   const uint64_t file_offset = piece.piece.file_offset + first_unit * page_size;
   for (size_t at = 0; at < data.size(); at += page_size) {
+    const uint64_t unit = first_unit + at / page_size;
+    if (!piece.own.empty() && piece.own[unit]) continue;
     if (!all_zero(data.subspan(at, page_size))) continue;
     // Not SEEK_HOLE, which would look through all that follows.
     const auto offset = static_cast<off_t>(file_offset + at);
     if (::lseek(fd, offset, SEEK_DATA) != offset) {
-      return tl::unexpected(discarded(piece.units(first_unit, 1).start + at));
+      return tl::unexpected(discarded(piece.units(unit, 1).start));
     }
   }
   return {};

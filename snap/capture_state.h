@@ -41,6 +41,11 @@ struct CapturedPiece {
   // 512-byte blocks shows that one was made.
   std::atomic<uint64_t> expected_blocks = 0;
 
+  // Private memory of a file: whether a unit was the process's own at the instant,
+  // which it must be still when it is copied; else it is the file's. Written under
+  // CaptureState::arming before the instant.
+  std::vector<bool> own;
+
   // Private memory: where no page was when it was surveyed (arming.h).
   std::vector<RemoteRange> holes;
 
@@ -146,6 +151,12 @@ class CaptureState {
   Status release(CapturedPiece& piece, uint64_t first_unit, uint64_t count, bool wake = true);
 
  private:
+  Status copy_private_of_file(const CapturedPiece& piece, uint64_t first_unit, uint64_t offset,
+                              std::span<std::byte> to) const;
+  Status read_memory(const CapturedPiece& piece, uint64_t in_piece, std::span<std::byte> to) const;
+  Status read_file(const CapturedPiece& piece, uint64_t in_piece, std::span<std::byte> to) const;
+  Result<std::vector<bool>> owned(const CapturedPiece& piece, uint64_t first_unit, uint64_t count) const;
+  Status check_owned(const CapturedPiece& piece, uint64_t first_unit, uint64_t count) const;
   Status check_file(const CapturedPiece& piece, uint64_t first_unit,
                     std::span<const std::byte> data) const;
 

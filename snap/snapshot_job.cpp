@@ -79,12 +79,9 @@ Status SnapshotJob::attach(Qmp* qmp) {
   });
 }
 
-Status SnapshotJob::pause_begins(bool resume_if_we_die) {
-  VMSNAP_CHECK(capture_->arm_again());
-  if (resume_if_we_die) guard_->pausing();
+void SnapshotJob::pause_begins() {
   VMSNAP_TEST_POINT("pause.before");
   pause_start_ = Clock::now();
-  return {};
 }
 
 void SnapshotJob::pause_ended() {
@@ -109,6 +106,9 @@ Result<SnapshotSummary> SnapshotJob::finish(nlohmann::json source,
   }));
   summary_.copy_ms = ms_since(copy_start);
   ksm_.reset();
+  // What came while we copied: a device that was plugged in, a child.
+  VMSNAP_CHECK(check_not_pinned(process_));
+  if (memory_.has_file()) VMSNAP_CHECK(check_not_shared(process_, memory_));
 
   progress_(SnapshotPhase::committing, nullptr);
   ImageInfo info;

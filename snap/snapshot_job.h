@@ -36,9 +36,12 @@ class SnapshotJob {
   // `qmp` is null for a process; `name` is the target's.
   Status prepare(std::vector<MemoryBlock> blocks, Qmp* qmp, const std::string& name);
 
-  // The target stands still from pause_begins() to pause_ended(). With
-  // `resume_if_we_die`, the guard sends `cont` should we not get to the end.
-  Status pause_begins(bool resume_if_we_die);
+  // Right before the pause, so that little is left to do in it.
+  Status arm_again() { return capture_->arm_again(); }
+  // From here to pause_ended() the guard sends `cont` should we not get to the end.
+  void resume_if_we_die() { guard_->pausing(); }
+  // The target stands still from pause_begins() to pause_ended().
+  void pause_begins();
   void pause_ended();
   // The instant; inside the pause.
   Status arm();

@@ -39,7 +39,8 @@ Result<SnapshotSummary> run(SnapshotJob& job, std::vector<MemoryBlock> blocks,
   };
   VMSNAP_CHECK(check_no_asynchronous_io(process));
   VMSNAP_CHECK(job.prepare(std::move(blocks), nullptr, process.describe()));
-  VMSNAP_CHECK(job.pause_begins(/*resume_if_we_die=*/false));
+  VMSNAP_CHECK(job.arm_again());
+  job.pause_begins();
   {
     // The kernel lets the threads go if we die in here.
     ThreadStop stopped = VMSNAP_TRY(ThreadStop::stop(process));

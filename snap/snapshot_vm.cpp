@@ -20,20 +20,40 @@ namespace {
 constexpr std::chrono::seconds pause_answer_limit{5};
 
 // The VM stands still while this lives. A VM that was paused before is left so.
+// Others may stop and resume it through monitors of their own at any time.
 class VmPause {
  public:
-  VmPause(Qmp& qmp, SnapshotJob& job, bool was_running)
-      : qmp_(qmp), job_(job), was_running_(was_running) {}
+  VmPause(Qmp& qmp, SnapshotJob& job) : qmp_(qmp), job_(job) {}
   ~VmPause() {
     if (begun_) (void)end();
   }
 
   Status begin() {
-    VMSNAP_CHECK(job_.pause_begins(/*resume_if_we_die=*/was_running_));
+    VMSNAP_CHECK(job_.arm_again());
+    was_running_ = VMSNAP_TRY(check_guest_state(qmp_)).running;
+    if (was_running_) job_.resume_if_we_die();
+    job_.pause_begins();
     begun_ = true;
-    if (was_running_) VMSNAP_TRY(qmp_.execute("stop"));
+    const uint64_t stops = qmp_.stops();
+    // Also if it was paused: it may not be any more.
+    VMSNAP_TRY(qmp_.execute("stop"));
+    if (!was_running_ && qmp_.stops() > stops) {
+      was_running_ = true;
+      job_.resume_if_we_die();
+    }
+    resumes_ = VMSNAP_TRY(qmp_.look_for_resumes());
     VMSNAP_TEST_POINT("pause.stopped");
     return {};
+  }
+
+  bool was_running() const { return was_running_; }
+
+  // After the instant: the devices' state and the memory are of one.
+  Status check_stood_still() {
+    if (VMSNAP_TRY(qmp_.look_for_resumes()) == resumes_) return {};
+    return tl::unexpected(
+        Error(ErrorCode::vm, "somebody else resumed the VM while it was to stand still for the snapshot")
+            .with_remedy("Take the snapshot again when nobody stops and resumes the VM."));
   }
 
   Status end() {
@@ -62,8 +82,9 @@ class VmPause {
  private:
   Qmp& qmp_;
   SnapshotJob& job_;
-  bool was_running_;
+  bool was_running_ = false;
   bool begun_ = false;
+  uint64_t resumes_ = 0;  // RESUME events until the VM stood still
 };
 
 Result<VmRecord> record_vm(Qmp& qmp, const Process& process) {
@@ -77,7 +98,7 @@ Result<VmRecord> record_vm(Qmp& qmp, const Process& process) {
   record.arguments = VMSNAP_TRY(process.arguments());
   record.working_directory = VMSNAP_TRY(process.working_directory());
   const auto name = VMSNAP_TRY(qmp.execute("query-name"));
-  record.name = name.is_object() ? name.value("name", std::string()) : std::string();
+  record.name = name.is_object() ? text_of(name, "name") : std::string();
   if (record.name.empty()) record.name = fmt::format("qemu-{}", process.pid());
   if (const auto type = qmp.execute("qom-get", {{"path", "/machine"}, {"property", "type"}});
       type && type->is_string()) {
@@ -87,9 +108,12 @@ Result<VmRecord> record_vm(Qmp& qmp, const Process& process) {
   }
   const auto version = VMSNAP_TRY(qmp.execute("query-version"));
   if (version.is_object() && version.contains("qemu") && version["qemu"].is_object()) {
-    const auto& qemu = version["qemu"];
-    record.qemu_version = fmt::format("{}.{}.{}", qemu.value("major", 0), qemu.value("minor", 0),
-                                      qemu.value("micro", 0));
+    const auto number = [&](const char* part) {
+      const auto found = version["qemu"].find(part);
+      return found != version["qemu"].end() && found->is_number_integer() ? found->get<int>() : 0;
+    };
+    record.qemu_version =
+        fmt::format("{}.{}.{}", number("major"), number("minor"), number("micro"));
   }
   return record;
 }
@@ -114,18 +138,30 @@ std::vector<MemoryBlock> to_memory_blocks(const std::vector<RamBlock>& blocks) {
   return memory;
 }
 
+// That nothing was plugged in or resized between the first look and the instant.
+// Asked when the VM runs again, which it need not wait for: what came since fails
+// the snapshot too.
+Status check_same_blocks(Qmp& qmp, const std::vector<RamBlockLine>& before) {
+  if (VMSNAP_TRY(list_ram_blocks(qmp)) == before) return {};
+  return tl::unexpected(
+      Error(ErrorCode::vm, "memory was plugged into the VM, or out of it, while the snapshot began")
+          .with_remedy("Take the snapshot again."));
+}
+
 Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& options) {
   VmRecord record = VMSNAP_TRY(record_vm(qmp, job.process()));
   VMSNAP_CHECK(job.wait_for_restore(to_memory_blocks(VMSNAP_TRY(read_ram_blocks(qmp, job.process())))));
-  const GuestState state = VMSNAP_TRY(check_guest_state(qmp));
-  record.was_running = state.running;
+  VMSNAP_TRY(check_guest_state(qmp));
   VMSNAP_CHECK(check_migration(qmp));
   VMSNAP_CHECK(check_disks(qmp, options));
+  const auto listed = VMSNAP_TRY(list_ram_blocks(qmp));
   const auto blocks = VMSNAP_TRY(read_ram_blocks(qmp, job.process()));
   VMSNAP_CHECK(job.prepare(to_memory_blocks(blocks), &qmp, record.name));
 
   DeviceStateTarget target = VMSNAP_TRY(DeviceStateTarget::prepare(qmp));
   std::vector<std::byte> device_state;
+  qmp.set_limit(pause_answer_limit);
+  VmPause pause(qmp, job);
   const auto in_pause = [&]() -> Status {
     device_state = VMSNAP_TRY(target.save(qmp));
     VMSNAP_TEST_POINT("pause.state_saved");
@@ -135,10 +171,9 @@ Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& o
                                       fmt::format("VMSNAP_PID={}", job.process().pid())},
                                      options.pause_command_limit));
     }
-    return job.arm();
+    VMSNAP_CHECK(job.arm());
+    return pause.check_stood_still();
   };
-  qmp.set_limit(pause_answer_limit);
-  VmPause pause(qmp, job, state.running);
   Status paused = pause.begin();
   if (paused) paused = in_pause();
   const bool stay = options.stay_paused && paused;
@@ -147,8 +182,12 @@ Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& o
     log_warning("{}", released.error().message());
   }
   if (!resumed && !paused) log_warning("{}", paused.error().message());
+  // For the guard, which has to connect anew.
+  if (!resumed) qmp.close();
   VMSNAP_CHECK(resumed);
   VMSNAP_CHECK(paused);
+  record.was_running = pause.was_running();
+  VMSNAP_CHECK(check_same_blocks(qmp, listed));
   // Others may use the monitor from here on, unless it is to resume the VM yet.
   if (!stay) qmp.close();
   auto summary = job.finish(to_json(record), device_state);

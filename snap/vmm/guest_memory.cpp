@@ -2,10 +2,16 @@
 
 #include <fcntl.h>
 
+#include <algorithm>
+
 namespace vmsnap {
 
 uint64_t GuestMemory::page_count() const {
   return total_pages(regions());
+}
+
+bool GuestMemory::has_file() const {
+  return std::ranges::any_of(pieces, [](const MemoryPiece& piece) { return piece.file != nullptr; });
 }
 
 std::vector<Region> GuestMemory::regions() const {
@@ -94,7 +100,8 @@ Result<GuestMemory> map_guest_memory(const Process& process, std::vector<MemoryB
       piece.backing = mapping.backing;
       piece.unit_bytes = mapping.page_bytes;
       piece.file_offset = mapping.file_offset;
-      if (piece.shared()) {
+      // What MAP_ANONYMOUS gives of huge pages has no file that anybody could fill.
+      if (piece.shared() || (piece.private_of_file() && !mapping.path.starts_with("/anon_hugepage"))) {
         piece.file = std::make_shared<Fd>(VMSNAP_TRY(open_mapped_file(process, mapping, O_RDONLY)));
       }
       memory.mergeable |= mapping.has_flag("mg");

@@ -30,10 +30,14 @@ struct MemoryPiece {
   Backing backing = Backing::other;
   uint64_t unit_bytes = 4096;  // what is protected and copied as a whole: its page size
   uint64_t file_offset = 0;
-  std::shared_ptr<Fd> file;    // shared backings: what is behind, open for reading
+  std::shared_ptr<Fd> file;    // what is behind, open for reading; null: nothing
 
   bool shared() const {
     return backing == Backing::shared_memory || backing == Backing::hugetlb_shared;
+  }
+  // Private, but what the process has not written is the file's.
+  bool private_of_file() const {
+    return backing == Backing::private_of_file || backing == Backing::hugetlb_private;
   }
   uint64_t unit_count() const { return range.length / unit_bytes; }
 };
@@ -44,6 +48,7 @@ struct GuestMemory {
   bool mergeable = false;           // KSM may merge some of it
 
   uint64_t page_count() const;
+  bool has_file() const;  // behind some of it
   std::vector<Region> regions() const;  // as an image records them
 };
 

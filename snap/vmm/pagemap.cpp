@@ -40,8 +40,20 @@ constexpr uint64_t category_huge = 1 << 6;
 
 // Bits of an entry of /proc/PID/pagemap.
 constexpr uint64_t entry_marked = uint64_t{1} << 57;
+constexpr uint64_t entry_of_file = uint64_t{1} << 61;
 constexpr uint64_t entry_swapped = uint64_t{1} << 62;
 constexpr uint64_t entry_present = uint64_t{1} << 63;
+
+// Of what is swapped out, the entry has the swap area's number. The kernel keeps the
+// last one for markers, which stand for no page (include/linux/swap.h).
+constexpr uint64_t swap_area_bits = 31;
+constexpr uint64_t marker_area = 31;
+
+bool is_owned(uint64_t entry) {
+  if (entry & entry_of_file) return false;
+  if (entry & entry_present) return true;
+  return (entry & entry_swapped) && (entry & swap_area_bits) != marker_area;
+}
 
 void append(std::vector<RemoteRange>& runs, RemotePtr start, uint64_t length) {
   if (!runs.empty() && runs.back().end() == start) {
@@ -74,6 +86,10 @@ Result<std::vector<RemoteRange>> PageMap::marked(RemoteRange range) const {
 
 Result<std::vector<RemoteRange>> PageMap::unmarked(RemoteRange range) const {
   return scan(range, Want::unmarked);
+}
+
+Result<std::vector<RemoteRange>> PageMap::owned(RemoteRange range) const {
+  return scan_by_read(range, Want::owned);
 }
 
 Result<std::vector<RemoteRange>> PageMap::huge(RemoteRange range) const {
@@ -120,6 +136,7 @@ Result<std::vector<RemoteRange>> PageMap::scan_by_read(RemoteRange range, Want w
   std::vector<RemoteRange> runs;
   std::array<uint64_t, 8192> entries;
   const auto wanted = [want](uint64_t entry) {
+    if (want == Want::owned) return is_owned(entry);
     const bool marked = entry & entry_marked;
     const bool there = entry & (entry_present | entry_swapped);
     return want == Want::marked ? marked : there && !(want == Want::unmarked && marked);

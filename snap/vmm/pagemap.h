@@ -30,12 +30,16 @@ class PageMap {
   Result<std::vector<RemoteRange>> marked(RemoteRange range) const;
   // Runs of pages that are present or swapped out and carry no mark.
   Result<std::vector<RemoteRange>> unmarked(RemoteRange range) const;
+  // Runs of pages of the process's own: of a private mapping of a file, those that
+  // are not the file's. A marker is none. What is being migrated may be missing, if
+  // it is of hugetlb. Always by /proc/PID/pagemap.
+  Result<std::vector<RemoteRange>> owned(RemoteRange range) const;
   // Runs of pages that are mapped as huge pages (2 MiB). Empty without
   // PAGEMAP_SCAN: /proc/PID/pagemap does not tell.
   Result<std::vector<RemoteRange>> huge(RemoteRange range) const;
 
  private:
-  enum class Want { populated, marked, unmarked, huge };
+  enum class Want { populated, marked, unmarked, owned, huge };
   Result<std::vector<RemoteRange>> scan(RemoteRange range, Want want) const;
   Result<std::vector<RemoteRange>> scan_by_ioctl(RemoteRange range, Want want) const;
   Result<std::vector<RemoteRange>> scan_by_read(RemoteRange range, Want want) const;

@@ -19,11 +19,6 @@ tl::unexpected<Error> refuse(std::string why, std::string remedy) {
   return tl::unexpected(Error(ErrorCode::refused, std::move(why)).with_remedy(std::move(remedy)));
 }
 
-std::string text_of(const Json& object, const char* key) {
-  const auto found = object.find(key);
-  return found != object.end() && found->is_string() ? found->get<std::string>() : std::string();
-}
-
 }  // namespace
 
 Result<GuestState> check_guest_state(Qmp& qmp) {
@@ -65,7 +60,7 @@ Result<std::vector<std::string>> writable_disks(Qmp& qmp) {
   std::vector<std::string> names;
   for (const Json& device : answer) {
     const auto inserted = device.find("inserted");
-    if (inserted == device.end() || !inserted->is_object() || inserted->value("ro", false)) continue;
+    if (inserted == device.end() || !inserted->is_object() || inserted->value("ro", Json()) == true) continue;
     std::string name = text_of(device, "device");
     if (name.empty()) name = text_of(device, "qdev");
     if (name.empty()) name = text_of(*inserted, "node-name");
@@ -111,26 +106,57 @@ namespace {
 // One file, as /proc/PID/maps names it.
 using FileKey = std::pair<uint64_t, uint64_t>;  // device, inode
 
-Result<std::set<FileKey>> shared_files(const Process& process, const GuestMemory& memory) {
-  std::set<FileKey> files;
+FileKey key_of(const Mapping& mapping) { return {mapping.device, mapping.inode}; }
+
+// The mappings of the memory that a file is behind.
+Result<std::vector<Mapping>> mappings_of_files(const Process& process, const GuestMemory& memory) {
+  std::vector<Mapping> found;
   const auto mappings = VMSNAP_TRY(read_memory_map_quick(process));
   for (const MemoryPiece& piece : memory.pieces) {
-    if (!piece.shared() && piece.backing != Backing::private_of_file) continue;
-    for (const Mapping& part : VMSNAP_TRY(mappings_of(mappings, piece.range))) {
-      files.emplace(part.device, part.inode);
-    }
+    if (!piece.file) continue;
+    for (const Mapping& part : VMSNAP_TRY(mappings_of(mappings, piece.range))) found.push_back(part);
   }
-  return files;
+  return found;
 }
 
 bool shares_address_space(pid_t a, pid_t b) {
   return ::syscall(SYS_kcmp, a, b, KCMP_VM, 0, 0) == 0;
 }
 
+// Another mapping of what `memory` maps, in the same process.
+bool is_alias(const Mapping& mapping, const Mapping& memory) {
+  const bool overlaps = mapping.file_offset < memory.file_offset + memory.range.length &&
+                        memory.file_offset < mapping.file_offset + mapping.range.length;
+  const bool same_place = mapping.range.start < memory.range.end() &&
+                          memory.range.start < mapping.range.end();
+  return key_of(mapping) == key_of(memory) && overlaps && !same_place;
+}
+
+tl::unexpected<Error> refuse_shared(const Process& writer, const Process& process, const Mapping& mapping) {
+  return refuse(fmt::format("{} has the memory of {} mapped writable too ({})", writer.describe(),
+                            process.describe(), mapping.path),
+                "What it writes cannot be seen from here. Detach it (vhost-user, virtiofsd, "
+                "DPDK), or stop it first.");
+}
+
+Status check_no_alias(const Process& process, const std::vector<Mapping>& memory) {
+  if (memory.empty()) return {};
+  for (const Mapping& mapping : VMSNAP_TRY(read_memory_map_quick(process))) {
+    if (!mapping.shared || !mapping.writable) continue;
+    for (const Mapping& part : memory) {
+      if (is_alias(mapping, part)) return refuse_shared(process, process, mapping);
+    }
+  }
+  return {};
+}
+
 }  // namespace
 
 Status check_not_shared(const Process& process, const GuestMemory& memory) {
-  const std::set<FileKey> files = VMSNAP_TRY(shared_files(process, memory));
+  const std::vector<Mapping> parts = VMSNAP_TRY(mappings_of_files(process, memory));
+  VMSNAP_CHECK(check_no_alias(process, parts));
+  std::set<FileKey> files;
+  for (const Mapping& part : parts) files.insert(key_of(part));
   std::error_code failed;
   for (const auto& entry : fs::directory_iterator("/proc", failed)) {
     const std::string name = entry.path().filename().string();
@@ -147,13 +173,9 @@ Status check_not_shared(const Process& process, const GuestMemory& memory) {
     const auto mappings = read_memory_map_quick(*other);
     if (!mappings) continue;
     for (const Mapping& mapping : *mappings) {
-      if (!mapping.shared || !mapping.writable || !files.contains({mapping.device, mapping.inode})) {
-        continue;
+      if (mapping.shared && mapping.writable && files.contains(key_of(mapping))) {
+        return refuse_shared(*other, process, mapping);
       }
-      return refuse(fmt::format("{} has the memory of {} mapped writable too ({})", other->describe(),
-                                process.describe(), mapping.path),
-                    "What it writes cannot be seen from here. Detach it (vhost-user, virtiofsd, "
-                    "DPDK), or stop it first.");
     }
   }
   if (failed) return fail_errno(failed.value(), "cannot list /proc");

@@ -132,19 +132,40 @@ Result<Json> Qmp::execute(const std::string& command, Json arguments, std::vecto
   const auto deadline = Clock::now() + limit_;
   for (;;) {
     Json message = VMSNAP_TRY(read_message(deadline));
-    if (message.contains("event")) continue;
+    if (message.contains("event")) {
+      note_event(message);
+      continue;
+    }
     if (message.value("id", Json()) != id) {
       if (message.contains("id") || message.contains("return")) continue;
     }
     if (message.contains("return")) return std::move(message["return"]);
     if (message.contains("error") && message["error"].is_object()) {
+      const Json& desc = message["error"]["desc"];
       return bad(path_,
                  fmt::format("{} failed: {}", command,
-                             message["error"].value("desc", std::string("no description"))),
+                             desc.is_string() ? desc.get<std::string>() : "no description"),
                  "");
     }
     return bad(path_, "the answer is not QMP", "Give the path of a -qmp socket.");
   }
+}
+
+void Qmp::note_event(const Json& message) {
+  stops_ += message["event"] == "STOP";
+  resumes_ += message["event"] == "RESUME";
+}
+
+Result<uint64_t> Qmp::look_for_resumes() {
+  const auto has_arrived = [this] {
+    pollfd poller = {fd(), POLLIN, 0};
+    return received_.find('\n') != std::string::npos || ::poll(&poller, 1, 0) > 0;
+  };
+  while (has_arrived()) {
+    const Json message = VMSNAP_TRY(read_message(Clock::now() + limit_));
+    if (message.contains("event")) note_event(message);
+  }
+  return resumes_;
 }
 
 Result<std::string> Qmp::human(const std::string& command_line) {
@@ -155,6 +176,11 @@ Result<std::string> Qmp::human(const std::string& command_line) {
   std::string text = answer.get<std::string>();
   std::erase(text, '\r');
   return text;
+}
+
+std::string text_of(const Json& object, const char* key) {
+  const auto found = object.find(key);
+  return found != object.end() && found->is_string() ? found->get<std::string>() : std::string();
 }
 
 }  // namespace vmsnap

@@ -40,17 +40,27 @@ class Qmp {
   // human-monitor-command: its text.
   Result<std::string> human(const std::string& command_line);
 
+  // RESUME events so far: of the whole answers and, if asked to look, of what else
+  // has arrived. QEMU sends the event before any virtual CPU runs.
+  Result<uint64_t> look_for_resumes();
+  uint64_t stops() const { return stops_; }  // STOP events in what was read
+
   void set_limit(std::chrono::milliseconds limit) { limit_ = limit; }
   void close() { fd_.reset(); }
 
  private:
   Result<nlohmann::json> read_message(std::chrono::steady_clock::time_point deadline);
+  void note_event(const nlohmann::json& message);
 
   Fd fd_;
   std::string path_;
   std::string received_;  // bytes after the last whole line
   std::chrono::milliseconds limit_{10000};
   uint64_t last_id_ = 0;
+  uint64_t stops_ = 0, resumes_ = 0;
 };
+
+// A text in an object of an answer; empty if it is not there, or is none.
+std::string text_of(const nlohmann::json& object, const char* key);
 
 }  // namespace vmsnap

@@ -144,8 +144,12 @@ bool is_mapped(const std::vector<Mapping>& mappings, RemotePtr host, uint64_t le
 
 }  // namespace
 
+Result<std::vector<RamBlockLine>> list_ram_blocks(Qmp& qmp) {
+  return parse_info_ramblock(VMSNAP_TRY(qmp.human("info ramblock")));
+}
+
 Result<std::vector<RamBlock>> read_ram_blocks(Qmp& qmp, const Process& process) {
-  const auto lines = VMSNAP_TRY(parse_info_ramblock(VMSNAP_TRY(qmp.human("info ramblock"))));
+  const auto lines = VMSNAP_TRY(list_ram_blocks(qmp));
   const auto view = VMSNAP_TRY(parse_info_mtree(VMSNAP_TRY(qmp.human("info mtree -f"))));
   const auto mappings = VMSNAP_TRY(read_memory_map_quick(process));
 

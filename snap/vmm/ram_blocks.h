@@ -43,8 +43,12 @@ struct RamBlockLine {
   std::string name;
   uint64_t offset = 0, used = 0, total = 0;  // bytes; offset in QEMU's ram_addr_t space
   uint64_t host = 0;                         // 0 where this QEMU does not print it
+
+  bool operator==(const RamBlockLine&) const = default;
 };
 Result<std::vector<RamBlockLine>> parse_info_ramblock(const std::string& text);
+// What QEMU says now.
+Result<std::vector<RamBlockLine>> list_ram_blocks(Qmp& qmp);
 
 struct FlatRange {
   uint64_t start = 0, length = 0;  // guest-physical

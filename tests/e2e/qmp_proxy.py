@@ -49,6 +49,8 @@ class Proxy:
     stall    nothing is passed on any more
     garbage  the answer is replaced by bytes that are no JSON, the rest passed on
     error    the answer is replaced by a QMP error
+    types    the answer is replaced by one whose values are of other types
+    odd      the answer is replaced by an error whose description is no text
     close    both connections are closed
     """
 
@@ -56,6 +58,7 @@ class Proxy:
         self.at, self.how = at, how
         self.commands = []  # what vmsnap sent, in order
         self.took_effect = False
+        self._id = None  # of the command `at`
         self._upstream = socket.socket(socket.AF_UNIX)
         self._upstream.connect(str(machine.qmp_socket))
         # QEMU has a client now, and does not accept any more until that one goes.
@@ -125,10 +128,12 @@ class Proxy:
 
     def _note(self, line):
         try:
-            command = json.loads(line).get("execute")
+            command = json.loads(line)
         except ValueError:
             return
-        self.commands.append(command)
+        self.commands.append(command.get("execute"))
+        if command.get("execute") == self.at:
+            self._id = command.get("id")
 
     def _answer(self, data):
         """What becomes of data from QEMU: bytes to pass on, or None to close."""
@@ -145,4 +150,9 @@ class Proxy:
         self.took_effect = True
         if self.how == "garbage":
             return b"\x00\xff{{{ this is not JSON ]]]\n"
+        if self.how == "types":
+            odd = {"name": 5, "status": ["running"], "qemu": {"major": "x"}, "fdset-id": "y"}
+            return json.dumps({"return": odd, "id": self._id}).encode() + b"\n"
+        if self.how == "odd":
+            return json.dumps({"error": {"class": 1, "desc": ["no"]}, "id": self._id}).encode() + b"\n"
         return b'{"error": {"class": "GenericError", "desc": "the test says no"}}\n'

@@ -70,7 +70,7 @@ def commands_of_a_snapshot(world, machine):
     return seen
 
 
-@pytest.mark.parametrize("how", ["garbage", "error", "close"])
+@pytest.mark.parametrize("how", ["garbage", "error", "close", "types", "odd"])
 def test_bad_answers(shared_world, guest, how):
     """To each command in turn, one bad answer. The snapshot may do without the
     answer (then the image is exact); else it fails. The VM runs in any case."""

@@ -144,14 +144,14 @@ def plug(monitor, number, mib=64):
 
 def test_memory_plugged_in(world):
     """What was plugged in before the snapshot is in it; what comes while it is
-    copied is not, and does no harm."""
+    copied is not, and does no harm. (In between: test_operator.py.)"""
     guest = victims.OrderedGuest(world, second_monitor=True,
                                  extra=["-m", "128M,slots=4,maxmem=1G"])
     with qemu.Qmp(guest.second_socket) as monitor:
         plug(monitor, 1)
         image = world.path("vm.img")
         run = world.start_vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", image,
-                                 *harness.PATIENT, env={"VMSNAP_STOP_AT": "pause.resumed"})
+                                 *harness.PATIENT, env={"VMSNAP_STOP_AT": "copy.half"})
         run.wait_stopped()
         plug(monitor, 2)
         run.signal(signal.SIGCONT)

@@ -77,6 +77,39 @@ TEST_P(AsynchronousIo, RefusesAProcessThatReadsAsynchronously) {
 INSTANTIATE_TEST_SUITE_P(Kinds, AsynchronousIo, ::testing::Bool(),
                          [](const auto& ring) { return ring.param ? "io_uring" : "aio"; });
 
+// One file, mapped twice: writes through the other mapping would not be seen.
+TEST(Preflight, RefusesMemoryThatTheProcessHasMappedTwice) {
+  constexpr uint64_t length = 1 << 20;
+  Report* report = shared_with_victim<Report>();
+  std::atomic<bool>* again = shared_with_victim<std::atomic<bool>>();
+  Victim victim([report, again] {
+    const int fd = ::memfd_create("victim", 0);
+    if (::ftruncate(fd, 2 * length) != 0) return 1;
+    const auto map = [&](off_t offset) {
+      return ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
+    };
+    report->address = reinterpret_cast<uint64_t>(map(0));
+    map(length);  // another part of it does no harm
+    report->result = 0;
+    while (!*again) std::this_thread::sleep_for(1ms);
+    map(0);
+    report->result = 1;
+    ::pause();
+    return 0;
+  });
+  wait_for(report);
+  const Process process = victim.process();
+  const GuestMemory memory = *map_guest_memory(
+      process, {{.name = "ram", .range = {RemotePtr(report->address), length}, .address = 0, .first_page = 0}});
+  const Status fine = check_not_shared(process, memory);
+  EXPECT_TRUE(fine) << fine.error().message();
+  *again = true;
+  ASSERT_TRUE(becomes_true([&] { return report->result == 1; }));
+  const Status refused = check_not_shared(process, memory);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code(), ErrorCode::refused);
+}
+
 TEST(Preflight, TakesAProcessWithoutPinnedMemory) {
   Victim victim([] {
     ::pause();
