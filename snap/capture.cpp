@@ -56,10 +56,16 @@ Result<std::unique_ptr<Capture>> Capture::create(const Process& process, const G
 Capture::~Capture() {
   if (!state_) return;
   state_->fail(Error(ErrorCode::interrupted, "the capture was given up"));
-  // The guest first: this frees it, whatever our threads are doing. They read
-  // the descriptor's number, so it goes only after they have gone; the marks
-  // go now.
-  for (const auto& piece : state_->pieces) (void)state_->uffd.unregister_range(piece->piece.range);
+  // The guest first: this frees it, whatever our threads are doing, which may be
+  // to wait for a disk that never answers. They read the descriptor's number, so
+  // it goes only after they have gone; the marks go now. Only what is ours: kernels
+  // before Linux 6.17 let one userfaultfd unregister what is another's.
+  for (size_t i = 0; i < watched_; ++i) {
+    const RemoteRange range = state_->pieces[i]->piece.range;
+    (void)state_->uffd.unregister_range(range);
+    // The kernel wakes only who waits for a missing page.
+    (void)state_->uffd.wake(range);
+  }
   options_.released();
   stop_threads();
 }
@@ -75,7 +81,9 @@ void Capture::stop_threads() {
 
 Status Capture::begin(const std::function<Status()>& on_progress) {
   fault_thread_ = std::thread([this] { faults_->run(); });
-  for (const auto& piece : state_->pieces) VMSNAP_CHECK(watch(piece->piece));
+  for (; watched_ < state_->pieces.size(); ++watched_) {
+    VMSNAP_CHECK(watch(state_->pieces[watched_]->piece));
+  }
   VMSNAP_TEST_POINT("snapshot.registered");
   VMSNAP_CHECK(arming_->ahead(on_progress));
   if (copies_huge_pages()) state_->staging->populate();

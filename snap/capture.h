@@ -85,6 +85,7 @@ class Capture {
   ImageWriter& writer_;
   CaptureOptions options_;
   std::unique_ptr<CaptureState> state_;
+  size_t watched_ = 0;  // pieces that are registered, from the first on
   std::unique_ptr<FaultHandler> faults_;
   std::unique_ptr<Arming> arming_;
   Sweep sweep_;

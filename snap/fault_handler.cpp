@@ -18,7 +18,7 @@ namespace vmsnap {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr int idle_ms = 200;  // how often an idle handler gives a sign of life
+constexpr int longest_idle_ms = 200;  // between an idle handler's signs of life
 constexpr int lull_ms = 20;   // how long pages wait for company on their way to a compressor
 constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
 constexpr std::chrono::microseconds early_wait{20};
@@ -37,7 +37,9 @@ bool is_soon_copied(const CaptureState& state) {
 
 FaultHandler::FaultHandler(CaptureState& state, bool keep_huge, std::chrono::milliseconds stall_limit,
                            std::function<void()> heartbeat)
-    : state_(state), keep_huge_(keep_huge), stall_limit_(stall_limit), heartbeat_(std::move(heartbeat)),
+    : state_(state), keep_huge_(keep_huge), stall_limit_(stall_limit),
+      idle_ms_(static_cast<int>(std::clamp<int64_t>(stall_limit.count() / 4, 1, longest_idle_ms))),
+      heartbeat_(std::move(heartbeat)),
       can_be_helped_(is_soon_copied(state)) {}
 
 FaultHandler::~FaultHandler() {
@@ -67,7 +69,8 @@ void FaultHandler::run() {
     if (!answered) return state_.fail(answered.error());
     if (*answered > 0) continue;
     if (stopping_) break;
-    const int ready = ::poll(watched, std::size(watched), has_staged() ? lull_ms : idle_ms);
+    if (const Status waited = check_sweeps_wait(); !waited) return state_.fail(waited.error());
+    const int ready = ::poll(watched, std::size(watched), has_staged() ? std::min(lull_ms, idle_ms_) : idle_ms_);
     if (ready < 0 && errno != EINTR) return state_.fail(Error::from_errno(errno, "poll failed"));
     // A lull: what was copied so far can be compressed.
     if (ready == 0) hand_on_staged();
@@ -167,6 +170,7 @@ Result<RemoteRange> FaultHandler::handle_write(CapturedPiece& piece, uint64_t un
       break;
     case UnitState::claimed:  // by the sweep, which wakes the writer when it frees the page
       waiting = {};
+      if (!sweeps_.piece) sweeps_ = {&piece, unit, start};
       break;
     case UnitState::done:  // copied and freed since the event was raised: only the wake-up is owed.
       // To free the page alone once more would split a huge page.
@@ -258,16 +262,32 @@ Result<Chunk*> FaultHandler::chunk_with_room(size_t pages) {
   const auto deadline = Clock::now() + stall_limit_;
   while (!state_.failed()) {
     heartbeat_();
-    chunk_ = state_.staging->take_empty(std::chrono::milliseconds(idle_ms));
+    chunk_ = state_.staging->take_empty(std::chrono::milliseconds(idle_ms_));
     if (chunk_) return chunk_;
     if (Clock::now() < deadline) continue;
-    return tl::unexpected(
-        Error(ErrorCode::io, fmt::format("the output did not take data for {} s while the guest waited",
-                                         stall_limit_.count() / 1000))
-            .with_remedy("The snapshot was given up so that the VM goes on. Write to a faster disk."));
+    return stalled();
   }
   VMSNAP_CHECK(state_.status());
   return fail(ErrorCode::io, "the capture was stopped");
+}
+
+tl::unexpected<Error> FaultHandler::stalled() const {
+  return tl::unexpected(
+      Error(ErrorCode::io, fmt::format("the output did not take data for {:.1f} s while the guest waited",
+                                       static_cast<double>(stall_limit_.count()) / 1000))
+          .with_remedy("The snapshot was given up so that the VM goes on. Write to a faster disk."));
+}
+
+// The sweep writes in the middle of a unit that is larger than its chunk: then a
+// writer that waits for the unit waits for the disk.
+Status FaultHandler::check_sweeps_wait() {
+  std::lock_guard lock(state_.arming);
+  if (!sweeps_.piece || sweeps_.piece->states.get(sweeps_.unit) != UnitState::claimed) {
+    sweeps_ = {};
+    return {};
+  }
+  if (Clock::now() - sweeps_.since > stall_limit_) return stalled();
+  return {};
 }
 
 void FaultHandler::flush() {

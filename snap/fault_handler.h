@@ -46,6 +46,8 @@ class FaultHandler {
   Result<RemoteRange> copy_pages(CapturedPiece& piece, uint64_t unit);
   Status copy_large_unit(CapturedPiece& piece, uint64_t unit);
   Result<Chunk*> chunk_with_room(size_t pages);
+  tl::unexpected<Error> stalled() const;
+  Status check_sweeps_wait();
   void flush();
   bool has_staged() const;
   void hand_on_staged();
@@ -65,13 +67,23 @@ class FaultHandler {
 
   CaptureState& state_;
   const bool keep_huge_;
-  std::chrono::milliseconds stall_limit_;
+  const std::chrono::milliseconds stall_limit_;
+  const int idle_ms_;  // between signs of life
   std::function<void()> heartbeat_;
   const bool can_be_helped_;
   Fd stop_;  // eventfd
   std::atomic<bool> stopping_ = false;
   bool at_instant_ = false;       // the instant has been, as of the last events; of run() alone
+  // A unit that the sweep had claimed when a writer came, null if there is none,
+  // and since when the writer waits.
+  struct SweepsWait {
+    CapturedPiece* piece = nullptr;
+    uint64_t unit = 0;
+    std::chrono::steady_clock::time_point since = {};
+  };
+
   // Under CaptureState::arming:
+  SweepsWait sweeps_;
   Chunk* chunk_ = nullptr;        // being filled
   Ahead early_, ahead_;
   std::vector<std::byte> zeros_;  // one hugetlb page, made when first needed

@@ -11,6 +11,7 @@
 #include <string>
 #include <thread>
 
+#include "formats/log.h"
 #include "snap/vmm/caretaker.h"
 #include "snap/vmm/process.h"
 
@@ -20,6 +21,12 @@ namespace {
 
 // Between two signs of life; each wakes the guard.
 constexpr std::chrono::milliseconds longest_beat_gap{50};
+
+// How long the guard tries to resume a VM that hangs; then it is for people to say
+// whether it shall run.
+constexpr std::chrono::hours resume_tries{1};
+// How long we wait for a guard that has something to do yet.
+constexpr std::chrono::seconds longest_farewell{12};
 
 // Everything the guard's process needs, and all it keeps.
 struct GuardProcess {
@@ -99,9 +106,10 @@ void GuardProcess::resume_vm() {
     }
   }
   if (qmp_fd >= 0) ::close(std::exchange(qmp_fd, -1));
-  // Whoever has the monitor at this moment may go, and take our connection along:
-  // the VM stands still until one gets through.
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  // Whoever has the monitor at this moment may go, and take our connection along;
+  // or QEMU itself hangs, in a `stop` that waits for a disk, and takes nobody: the
+  // VM stands still until one gets through.
+  const auto end = std::chrono::steady_clock::now() + resume_tries;
   do {
     auto qmp = Qmp::connect(qmp_path);
     if (qmp && qmp->execute("cont")) return;
@@ -152,8 +160,15 @@ Result<Guard> Guard::start(const Qmp* qmp, std::optional<KsmPause>* ksm,
 Guard::~Guard() {
   if (pid_ == 0) return;
   pipe_.reset();
-  while (::waitpid(pid_, nullptr, 0) < 0 && errno == EINTR) {
+  const Clock::time_point end = Clock::now() + longest_farewell;
+  for (;;) {
+    const pid_t ended = ::waitpid(pid_, nullptr, WNOHANG);
+    if (ended > 0 || (ended < 0 && errno != EINTR)) return;
+    if (Clock::now() >= end) break;
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
   }
+  log_warning("the VM does not answer; a guard (process {}) goes on trying to resume it, for an hour",
+              pid_);
 }
 
 void Guard::heartbeat() {

@@ -3,7 +3,8 @@
 // It is forked before anything is touched, lives in a session of its own,
 // ignores signals, and shares nothing with us but a pipe (and its own
 // duplicates of the monitor's socket and the KSM lock). When the pipe closes
-// while a pause is on, it sends `cont`, whoever killed us. When we stand still
+// while a pause is on, it sends `cont`, whoever killed us, and tries for as long
+// as a QEMU that hangs needs to listen, up to an hour. When we stand still
 // (SIGSTOP, a debugger) for longer than the limit while guest memory is
 // write-protected, it kills us, which frees the VM: a snapshot is worth less
 // than the guest.
@@ -38,6 +39,9 @@ class Guard {
         beat_every_(other.beat_every_),
         last_beat_(other.last_beat_.load()) {}
   Guard& operator=(Guard&&) = delete;
+  // Waits for the guard to end, which it does at once unless it has to resume the
+  // VM: then up to 12 s, and leaves it to that. The monitor's socket must be closed
+  // by then, or QEMU would not listen to the guard's own.
   ~Guard();
 
   // All from any thread; they never block.

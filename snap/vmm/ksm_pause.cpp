@@ -58,6 +58,8 @@ void KsmPause::end() {
     (void)set_running(true);
     (void)write_all_at(lock_.get(), std::as_bytes(std::span("0", 1)), 0, record_path);
   }
+  // Not by closing it: the guard has it open, too.
+  lock(lock_.get(), F_UNLCK, false);
   lock_.reset();
 }
 

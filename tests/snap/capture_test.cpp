@@ -87,8 +87,8 @@ class CaptureTest : public ::testing::TestWithParam<Kind> {
     ASSERT_TRUE(condition());
   }
 
-  void begin(CaptureOptions options = {}) {
-    writer_ = *ImageWriter::create(file_.get(), "image", pages);
+  void begin(CaptureOptions options = {}, ImageWriterOptions image = {}) {
+    writer_ = *ImageWriter::create(file_.get(), "image", pages, std::move(image));
     auto handed = bring_out_uffd(*process_, nullptr, capture_features(memory_), KeepInVmm::no);
     ASSERT_TRUE(handed) << handed.error().message();
     options.staging_bytes = 16 << 20;
@@ -254,6 +254,29 @@ TEST_P(CaptureTest, GivenUpAtAnyMomentLeavesTheTargetFree) {
   expect_unharmed();
 }
 
+// The output hangs, so our threads cannot be waited for: the guest is let go first.
+TEST_P(CaptureTest, AHungOutputKeepsNobodyWaiting) {
+  std::atomic<bool> hung = true;
+  ImageWriterOptions image;
+  image.hash = [&](std::span<const std::byte>) -> uint64_t {
+    while (hung) std::this_thread::sleep_for(1ms);
+    return 0;
+  };
+  begin({}, std::move(image));
+  arm();
+  ::kill(victim_->pid(), SIGSTOP);
+  ASSERT_FALSE(capture_->finish([] { return Status(fail(ErrorCode::interrupted, "enough")); }));
+  const uint64_t passes = talk_->passes;
+  ::kill(victim_->pid(), SIGCONT);
+  const std::string wchan = fmt::format("/proc/{}/wchan", victim_->pid());
+  wait_until([&] { return read_small_file(wchan).value_or("").find("userfault") != std::string::npos; });
+  EXPECT_LE(talk_->passes, passes + 1);
+  std::thread given_up([&] { capture_.reset(); });
+  EXPECT_TRUE(becomes_true([&] { return talk_->passes > passes + 2; }));
+  hung = false;
+  given_up.join();
+}
+
 INSTANTIATE_TEST_SUITE_P(Kinds, CaptureTest,
                          ::testing::Values(Kind::anonymous, Kind::memfd, Kind::private_memfd),
                          [](const auto& kind) {
@@ -261,6 +284,83 @@ INSTANTIATE_TEST_SUITE_P(Kinds, CaptureTest,
                                   : kind.param == Kind::memfd   ? "memfd"
                                                                 : "private_memfd";
                          });
+
+// A private mapping of a file: some pages are the process's own, some the file's,
+// and some nobody's.
+struct PrivateTalk {
+  std::atomic<uint64_t> address{0};
+  std::atomic<bool> discard{false}, discarded{false};
+};
+
+class PrivateFileTest : public ::testing::Test {
+ protected:
+  static constexpr uint64_t own_pages = 100, file_pages = 200, total = 1000;
+
+  static int live(PrivateTalk* talk) {
+    const int fd = ::memfd_create("victim", 0);
+    const std::string file(file_pages * page_size, 'f');
+    if (::write(fd, file.data(), file.size()) != static_cast<ssize_t>(file.size())) return 1;
+    if (::ftruncate(fd, total * page_size) != 0) return 1;
+    void* memory = ::mmap(nullptr, total * page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+    if (memory == MAP_FAILED) return 1;
+    std::memset(memory, 'o', own_pages * page_size);
+    talk->address = reinterpret_cast<uint64_t>(memory);
+    for (;;) {
+      std::this_thread::sleep_for(1ms);
+      if (!talk->discard || talk->discarded) continue;
+      ::madvise(memory, page_size, MADV_DONTNEED);
+      talk->discarded = true;
+    }
+  }
+
+  void SetUp() override {
+    ASSERT_TRUE(becomes_true([&] { return talk_->address != 0; }));
+    memory_ = *map_guest_memory(
+        process_, {{.name = "ram", .range = {RemotePtr(talk_->address), total * page_size}, .address = 0, .first_page = 0}});
+    writer_ = *ImageWriter::create(file_.get(), "image", total);
+    auto handed = bring_out_uffd(process_, nullptr, capture_features(memory_), KeepInVmm::no);
+    ASSERT_TRUE(handed) << handed.error().message();
+    capture_ = *Capture::create(process_, memory_, std::move(handed->uffd), *writer_,
+                                {.staging_bytes = 8 << 20});
+    ASSERT_TRUE(capture_->begin([] { return Status(); }));
+    ASSERT_TRUE(capture_->arm());
+  }
+
+  PrivateTalk* const talk_ = shared_with_victim<PrivateTalk>();
+  Victim victim_{[this] { return live(talk_); }};
+  const Process process_ = victim_.process();
+  GuestMemory memory_;
+  const Fd file_{::memfd_create("image", 0)};
+  std::unique_ptr<ImageWriter> writer_;
+  std::unique_ptr<Capture> capture_;
+};
+
+TEST_F(PrivateFileTest, IsCapturedAndItsHolesStayHoles) {
+  const std::string resident = *process_.status_field("RssShmem");
+  const Status finished = capture_->finish([] { return Status(); });
+  ASSERT_TRUE(finished) << finished.error().message();
+  EXPECT_EQ(*process_.status_field("RssShmem"), resident);
+  EXPECT_EQ(capture_->counters().armed_pages, file_pages);
+  ImageInfo info;
+  info.regions = memory_.regions();
+  ASSERT_TRUE(writer_->finish(info, {}));
+  const auto image = *ImageReader::open(fmt::format("/proc/self/fd/{}", file_.get()));
+  std::array<std::byte, page_size> page;
+  for (uint64_t number = 0; number < total; ++number) {
+    const char expected = number < own_pages ? 'o' : number < file_pages ? 'f' : '\0';
+    ASSERT_TRUE(image->read_page(number, page));
+    EXPECT_TRUE(std::ranges::all_of(page, [&](std::byte b) { return b == std::byte(expected); })) << number;
+  }
+}
+
+// The mark stays, on nothing, and the file's page shines through.
+TEST_F(PrivateFileTest, APageOfItsOwnThatWasDiscardedIsMissed) {
+  talk_->discard = true;
+  ASSERT_TRUE(becomes_true([&] { return talk_->discarded.load(); }));
+  const Status finished = capture_->finish([] { return Status(); });
+  ASSERT_FALSE(finished);
+  EXPECT_EQ(finished.error().code(), ErrorCode::discarded);
+}
 
 // Huge pages that are written to all the time.
 struct Huge {
