@@ -1,4 +1,5 @@
 // The program: parses, runs what was asked for, prints the error, exits.
+#include <fcntl.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -53,9 +54,22 @@ Result<ParkImage> take_park_image(const ParkImageRequest& request, CommandContex
   return ParkImage{summary->file, summary->id};
 }
 
+// Whoever started us may have closed the first three descriptors. The next file
+// that is opened would get such a number, and then be taken for the terminal: what
+// is written there would go into an image, and the background (restore/background.h)
+// would replace it. In ascending order, since open(2) takes the lowest that is free.
+bool open_standard_descriptors() {
+  for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; ++fd) {
+    if (::fcntl(fd, F_GETFD) < 0 && ::open("/dev/null", O_RDWR) != fd) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  // Without this nothing may be opened, and there may be nowhere to say so.
+  if (!open_standard_descriptors()) return exit_status(ErrorCode::io);
   ::signal(SIGPIPE, SIG_IGN);
   ::signal(SIGXFSZ, SIG_IGN);  // a file size limit is an error value, like a full disk
   install_interrupt_handlers();

@@ -12,6 +12,7 @@ import harness
 import qemu
 import system
 import victims
+from parked import record, wait_for_end
 from qmp_proxy import Proxy
 from test_kill import SNAPSHOT_POINTS
 
@@ -168,6 +169,22 @@ def test_qemu_refuses_to_start(world, guest):
     result.expect("vm")
     assert "no-such-option" in result.err, f"QEMU's own words are missing: {result}"
     checks.assert_running(guest)
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"], ids=["input", "all-three"])
+def test_without_standard_descriptors(world, guest, closed):
+    """No file of ours gets their numbers: the background would replace it."""
+    image = world.path("vm.img")
+    world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", image).expect("ok")
+    run_dir = world.path("run")
+    restore = world.start(["sh", "-c", f'exec "$@" {closed}', "sh", harness.VMSNAP, "restore", image,
+                           "--run-dir", run_dir, "--detach"])
+    assert restore.wait(harness.LIMIT) == 0
+    wait_for_end(world, run_dir)
+    assert record(run_dir)["counters"]["poisoned"] == 0, record(run_dir)
+    restored = qemu.restored(run_dir)
+    victims.check_ordered_live(world, restored)
+    restored.wait_for_progress()
 
 
 def test_restored_vm_is_killed(world, guest):
