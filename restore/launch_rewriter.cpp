@@ -60,15 +60,18 @@ std::span<const LaunchRewriter::RuleEntry> LaunchRewriter::rules() {
       {"parallel", &LaunchRewriter::move_parallel},
       {"debugcon", &LaunchRewriter::move_debugcon},
       {"chardev", &LaunchRewriter::move_chardev},
-      {"netdev", &LaunchRewriter::strip_forwards},
-      {"nic", &LaunchRewriter::strip_forwards},
-      {"net", &LaunchRewriter::strip_forwards},
-      {"object", &LaunchRewriter::make_plain_memory},
+      {"netdev", &LaunchRewriter::detach_network},
+      {"nic", &LaunchRewriter::detach_network},
+      {"net", &LaunchRewriter::detach_network},
+      {"icount", &LaunchRewriter::move_recording},
+      {"object", &LaunchRewriter::detach_object},
       {"machine", &LaunchRewriter::pin_machine},
       {"M", &LaunchRewriter::pin_machine},
       {"audiodev", &LaunchRewriter::silence_audio},
-      {"device", &LaunchRewriter::note_device},
+      {"audio", &LaunchRewriter::silence_audio},
+      {"device", &LaunchRewriter::detach_device},
       {"add-fd", &LaunchRewriter::refuse_add_fd},
+      {"readconfig", &LaunchRewriter::refuse_config_file},
   };
   return all;
 }
@@ -187,9 +190,29 @@ Status LaunchRewriter::strip_overcommit(QemuOption& option) {
   return {};
 }
 
-Status LaunchRewriter::strip_forwards(QemuOption& option) {
+namespace {
+
+// The address that a network listens on, as the key of its parts.
+std::string_view listening_address(const OptionValue& network) {
+  const std::string type = network.get("type").value_or("");
+  if (type == "dgram") return "local";
+  static constexpr std::array<std::string_view, 4> off = {"off", "no", "false", "n"};
+  const bool listens = type == "stream" && !one_of(network.get("server").value_or("off"), off);
+  return listens ? "addr" : "";
+}
+
+}  // namespace
+
+Status LaunchRewriter::detach_network(QemuOption& option) {
   if (!option.value) return {};
   OptionValue network = OptionValue::parse(*option.value, "type");
+  const std::string address(listening_address(network));
+  if (network.get(address + ".type") == "unix") {
+    // QEMU removes a socket that is there already, and removes its own at its end.
+    const std::string id = network.get("id").value_or(fmt::format("{}", networks_++));
+    network.set(address + ".path", VMSNAP_TRY(socket_path("net-" + file_name_of(id) + ".sock")));
+    option.value = network.text();
+  }
   if (network.has("hostfwd") || network.has("guestfwd")) {
     network.remove("hostfwd");
     network.remove("guestfwd");
@@ -198,10 +221,26 @@ Status LaunchRewriter::strip_forwards(QemuOption& option) {
   return {};
 }
 
-Status LaunchRewriter::make_plain_memory(QemuOption& option) {
+Status LaunchRewriter::move_recording(QemuOption& option) {
+  OptionValue icount = OptionValue::parse(option.value.value_or(""), implied_key(option.name));
+  // One that is replayed is only read. The device state has a part of either,
+  // so that the mode stays.
+  if (icount.get("rr") != "record") return {};
+  icount.set("rrfile", in_dir("replay.bin"));
+  option.value = icount.text();
+  return {};
+}
+
+Status LaunchRewriter::detach_object(QemuOption& option) {
   if (!option.value) return {};
   OptionValue object = OptionValue::parse(*option.value, "qom-type");
   const std::string type = object.get("qom-type").value_or("");
+  if (type == "filter-dump") {
+    // Another filter may name this one, so it stays.
+    object.set("file", "/dev/null");
+    option.value = object.text();
+    return {};
+  }
   if (type != "memory-backend-file" && type != "memory-backend-memfd" &&
       type != "memory-backend-ram") {
     return {};
@@ -230,14 +269,22 @@ Status LaunchRewriter::silence_audio(QemuOption& option) {
   if (!option.value) return {};
   OptionValue audio = OptionValue::parse(*option.value, "driver");
   const auto driver = audio.get("driver");
-  if (driver != "spice" && driver != "dbus") return {};
-  option.value = "none,id=" + escape_commas(audio.get("id").value_or(""));
+  if (driver != "spice" && driver != "dbus" && driver != "wav") return {};
+  std::string silent = "none";
+  for (const std::string key : {"id", "model"}) {
+    if (const auto value = audio.get(key)) silent += fmt::format(",{}={}", key, escape_commas(*value));
+  }
+  option.value = silent;
   return {};
 }
 
-Status LaunchRewriter::note_device(QemuOption& option) {
-  // A serial port given as a device stands in for the default one.
+Status LaunchRewriter::detach_device(QemuOption& option) {
   OptionValue device = OptionValue::parse(option.value.value_or(""), "driver");
+  if (device.has("pcap")) {
+    device.remove("pcap");
+    option.value = device.text();
+  }
+  // A serial port given as a device stands in for the default one.
   if (device.get("driver") == "isa-serial") default_serial_ = false;
   if (device.get("driver") == "vmgenid") {
     // That is what it is for: the guest learns that this is another run.
@@ -256,6 +303,17 @@ Status LaunchRewriter::refuse_add_fd(QemuOption& option) {
                        "where N is open in the shell."));
 }
 
+Status LaunchRewriter::refuse_config_file(QemuOption& option) {
+  const std::string file = option.value.value_or("");
+  return tl::unexpected(
+      Error(ErrorCode::usage,
+            fmt::format("-readconfig {} may name sockets and files of the original VM", file))
+          .with_remedy(fmt::format(
+              "Give a replacement after --: -readconfig {}, if it names no monitor and nothing to "
+              "listen on or to write; else one without those, and those as options.",
+              file)));
+}
+
 Status LaunchRewriter::refuse_descriptors(QemuOption& option) {
   static constexpr std::array<std::string_view, 9> takes_descriptors = {
       "netdev", "net", "nic", "object", "device", "blockdev", "drive", "fsdev", "virtfs"};
@@ -266,6 +324,7 @@ Status LaunchRewriter::refuse_descriptors(QemuOption& option) {
     if (value.has(candidate)) key = candidate;
   }
   if (value.get("addr.type") == "fd") key = "addr.str";
+  if (value.get("local.type") == "fd") key = "local.str";
   if (key.empty()) return {};
   const std::string id = identity(option).value_or("");
   Error error(ErrorCode::usage, fmt::format("{} {} uses a descriptor that only the original VM had "

@@ -45,17 +45,20 @@ class LaunchRewriter {
   Status move_chardev(QemuOption& option);
   Status strip_trace(QemuOption& option);
   Status strip_overcommit(QemuOption& option);
-  Status strip_forwards(QemuOption& option);
-  Status make_plain_memory(QemuOption& option);
+  Status detach_network(QemuOption& option);
+  Status move_recording(QemuOption& option);
+  Status detach_object(QemuOption& option);
   Status pin_machine(QemuOption& option);
   Status silence_audio(QemuOption& option);
-  Status note_device(QemuOption& option);
+  Status detach_device(QemuOption& option);
   Status refuse_descriptors(QemuOption& option);
   Status refuse_add_fd(QemuOption& option);
+  Status refuse_config_file(QemuOption& option);
 
   const LaunchRequest& request_;
   int serials_ = 0;
   int parallels_ = 0;
+  int networks_ = 0;
   bool nographic_ = false;
   bool default_serial_ = true;
   bool machine_pinned_ = false;

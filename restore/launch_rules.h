@@ -16,25 +16,31 @@
 //   -overcommit                       its mem-lock= dropped
 //   -object memory-backend-file,      memory-backend-ram of the same id and
 //     -memfd, -ram                    size, private, not preallocated
+//   -object filter-dump               its file= is /dev/null
 //   -machine -M                       the versioned type that ran, if recorded
 //   -serial -parallel -debugcon       file:DIR/serialN.log, parallelN.log,
 //                                     debugcon.log; none, null, chardev:ID stay
 //   no -serial, no -nodefaults        -serial file:DIR/serial0.log
 //   -display -vnc -spice -sdl ...     -display none (-nographic stays)
-//   -audiodev spice, dbus             none
+//   -audiodev -audio spice, dbus, wav none
 //   -device vmgenid                   guid=auto: a new generation
+//   -device with pcap=                pcap= dropped
+//   -icount rr=record                 rrfile=DIR/replay.bin
 //   -chardev socket, udp, pty         a listening socket DIR/ID.sock
 //   -chardev file, pipe, stdio        DIR/ID.log
 //   -chardev null, ringbuf, vc ...    stay; every other kind becomes null
-//   -netdev -nic -net                 hostfwd= and guestfwd= dropped
+//   -netdev -nic -net                 hostfwd= and guestfwd= dropped; a unix
+//                                     socket that it listens on: DIR/net-ID.sock
 //   fd= fds= vhostfd= ... , -add-fd   an error, unless replaced (below)
+//   -readconfig                       an error, unless replaced: what is in the
+//                                     file is not seen here
 //   anything else                     stays, with its value
 //
 // An option of the extra arguments that names the same thing as a recorded one
 // (the id of a -netdev, -chardev, -device, -drive, -object, -audiodev, -fsdev,
 // -tpmdev; the node-name of a -blockdev; the set of an -add-fd) takes its
-// place, where it stood, so that devices keep their order. The other extra
-// arguments come last.
+// place, where it stood, so that devices keep their order; a -readconfig takes
+// the place of all recorded ones. The other extra arguments come last.
 //
 // Disks stay as they are: QEMU's file locks keep a restored VM from opening the
 // disk of an original that still runs. Replacements (--replace OLD=NEW) change

@@ -60,6 +60,20 @@ OptionValue OptionValue::parse(std::string_view text, std::string_view implied) 
 
 bool OptionValue::empty() const { return is_json_ ? json_.empty() : pairs_.empty(); }
 
+const nlohmann::ordered_json* OptionValue::find(std::string_view key) const {
+  const nlohmann::ordered_json* within = &json_;
+  for (;;) {
+    const auto found = within->find(std::string(key));
+    if (found != within->end()) return &*found;
+    const size_t dot = key.find('.');
+    if (dot == std::string_view::npos) return nullptr;
+    const auto outer = within->find(std::string(key.substr(0, dot)));
+    if (outer == within->end() || !outer->is_object()) return nullptr;
+    within = &*outer;
+    key.remove_prefix(dot + 1);
+  }
+}
+
 std::optional<std::string> OptionValue::get(std::string_view key) const {
   if (!is_json_) {
     for (auto pair = pairs_.rbegin(); pair != pairs_.rend(); ++pair) {
@@ -67,8 +81,8 @@ std::optional<std::string> OptionValue::get(std::string_view key) const {
     }
     return std::nullopt;
   }
-  const auto found = json_.find(std::string(key));
-  if (found == json_.end()) return std::nullopt;
+  const nlohmann::ordered_json* found = find(key);
+  if (!found) return std::nullopt;
   if (found->is_string()) return found->get<std::string>();
   if (found->is_boolean()) return found->get<bool>() ? "on" : "off";
   if (found->is_object()) {
@@ -80,7 +94,8 @@ std::optional<std::string> OptionValue::get(std::string_view key) const {
 
 void OptionValue::set(std::string_view key, std::string_view value) {
   if (is_json_) {
-    json_[std::string(key)] = std::string(value);
+    auto* found = const_cast<nlohmann::ordered_json*>(find(key));
+    (found ? *found : json_[std::string(key)]) = std::string(value);
     return;
   }
   const auto first =

@@ -29,7 +29,8 @@ class OptionValue {
   bool has(std::string_view key) const { return get(key).has_value(); }
 
   // The last value of a key, as QEMU takes it; a key alone is "on", JSON true
-  // and false are "on" and "off". Of a JSON object value, its "type".
+  // and false are "on" and "off". Of a JSON object value, its "type"; what is
+  // within it has a key with a dot ("addr.path"), as in the other syntax.
   std::optional<std::string> get(std::string_view key) const;
 
   // Replaces every occurrence by one, in place of the first; appends if there
@@ -46,6 +47,8 @@ class OptionValue {
     bool implied = false;  // written without its key
     bool bare = false;     // written without a value
   };
+
+  const nlohmann::ordered_json* find(std::string_view key) const;
 
   bool is_json_ = false;
   nlohmann::ordered_json json_;

@@ -54,9 +54,10 @@ std::string_view implied_key(std::string_view name) {
   if (name == "chardev") return "backend";
   if (name == "netdev" || name == "net" || name == "nic") return "type";
   if (name == "machine" || name == "M" || name == "tpmdev") return "type";
-  if (name == "device" || name == "blockdev" || name == "audiodev") return "driver";
+  if (name == "device" || name == "blockdev" || name == "audiodev" || name == "audio") return "driver";
   if (name == "fsdev" || name == "virtfs") return "fsdriver";
   if (name == "trace") return "enable";
+  if (name == "icount") return "shift";
   if (name == "drive") return "file";
   return "";
 }
@@ -69,6 +70,8 @@ std::string_view identity_key(std::string_view name) {
 }
 
 std::optional<std::string> identity(const QemuOption& option) {
+  // They have no names: one stands for all of them.
+  if (option.name == "readconfig" && option.value) return "";
   const std::string_view key = identity_key(option.name);
   if (key.empty() || !option.value) return std::nullopt;
   return OptionValue::parse(*option.value, implied_key(option.name)).get(key);

@@ -29,7 +29,7 @@ std::string_view implied_key(std::string_view option_name);
 // empty: there is none.
 std::string_view identity_key(std::string_view option_name);
 
-// The value of that key.
+// The value of that key; empty for all -readconfig.
 std::optional<std::string> identity(const QemuOption& option);
 
 }  // namespace vmsnap

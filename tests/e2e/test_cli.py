@@ -9,6 +9,7 @@ import pytest
 
 import checks
 import harness
+import qemu
 import victims
 
 COMMANDS = ["snapshot", "restore", "clones", "park", "unpark", "serve", "show", "verify", "export",
@@ -187,4 +188,32 @@ def test_dry_run(shared_world):
     assert str(guest.serial) not in result.out, "the original's console would be overwritten"
     assert re.search(r"-name'?\s+'?extra", result.out), "the extra arguments are missing"
     assert set(shared_world.processes()) <= before
+    checks.assert_running(guest)
+
+
+def test_a_restore_keeps_off_its_original(shared_world):
+    """What the original writes and listens on stays its own; its -readconfig is refused."""
+    capture, usb, listens = (shared_world.path(name) for name in ("n.pcap", "u.pcap", "n.sock"))
+    config = shared_world.path("vm.cfg")
+    config.write_text('[global]\n  driver = "usb-mouse"\n  property = "serial"\n  value = "1"\n')
+    guest = victims.OrderedGuest(shared_world, extra=[
+        "-netdev", f"stream,id=n,server=on,addr.type=unix,addr.path={listens}",
+        "-device", "e1000,netdev=n", "-object", f"filter-dump,id=f,netdev=n,file={capture}",
+        "-device", "qemu-xhci", "-device", f"usb-mouse,pcap={usb}", "-readconfig", config])
+    harness.wait_until(listens.exists, "the original to listen")
+    files = [path.stat() for path in (capture, usb, listens)]
+    image, run_dir = shared_world.path("vm.img"), shared_world.path("run")
+    shared_world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", image).expect("ok")
+    refused = shared_world.vmsnap("restore", image, "--run-dir", run_dir).expect("usage")
+    assert str(config) in refused.err and "after --" in refused.err and not run_dir.exists()
+    shared_world.vmsnap("restore", image, "--run-dir", run_dir, "--detach", "--",
+                        "-readconfig", config).expect("ok")
+    restored = qemu.restored(run_dir)
+    restored.wait_for_progress()
+    assert (run_dir / "net-n.sock").is_socket()
+    restored.qmp("quit")
+    harness.wait_until(lambda: not harness.is_running(restored.pid), "the restored VM to end")
+    for path, before in zip((capture, usb, listens), files):
+        now = path.stat()
+        assert (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), path
     checks.assert_running(guest)

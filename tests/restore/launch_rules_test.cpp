@@ -180,7 +180,9 @@ TEST(LaunchRules, NoDisplayIsOpened) {
   EXPECT_EQ(derive({"-audiodev", "spice,id=a"}), (Words{"-audiodev", "none,id=a"}));
   EXPECT_EQ(derive({"-audiodev", R"({"id":"a","driver":"spice"})"}),
             (Words{"-audiodev", "none,id=a"}));
-  EXPECT_EQ(derive({"-audiodev", "wav,id=a"}), (Words{"-audiodev", "wav,id=a"}));
+  EXPECT_EQ(derive({"-audiodev", "wav,id=a,path=/x.wav"}), (Words{"-audiodev", "none,id=a"}));
+  EXPECT_EQ(derive({"-audio", "wav,model=hda,path=/x.wav"}), (Words{"-audio", "none,model=hda"}));
+  EXPECT_EQ(derive({"-audiodev", "pa,id=a"}), (Words{"-audiodev", "pa,id=a"}));
 }
 
 TEST(LaunchRules, CharacterDevicesMove) {
@@ -235,6 +237,56 @@ TEST(LaunchRules, ForwardedPortsAreDropped) {
             (Words{"-netdev", R"({"type":"user","id":"n"})"}));
 }
 
+TEST(LaunchRules, SocketsOfNetworksMove) {
+  const auto netdev = [](const char* value) { return derive({"-netdev", value}); };
+  EXPECT_EQ(netdev("stream,id=n,server=on,addr.type=unix,addr.path=/x"),
+            (Words{"-netdev",
+                   "stream,id=n,server=on,addr.type=unix,addr.path=/run/d/net-n.sock"}));
+  EXPECT_EQ(netdev("dgram,id=n,local.type=unix,local.path=/x,remote.type=unix,remote.path=/y"),
+            (Words{"-netdev", "dgram,id=n,local.type=unix,local.path=/run/d/net-n.sock,"
+                              "remote.type=unix,remote.path=/y"}));
+  EXPECT_EQ(netdev(R"({"type":"stream","id":"n","server":true,"addr":{"type":"unix","path":"/x"}})"),
+            (Words{"-netdev", R"({"type":"stream","id":"n","server":true,)"
+                              R"("addr":{"type":"unix","path":"/run/d/net-n.sock"}})"}));
+  for (const char* connects :
+       {"stream,id=n,server=off,addr.type=unix,addr.path=/x", "stream,id=n,addr.type=unix,addr.path=/x",
+        "stream,id=n,server=on,addr.type=inet,addr.host=h,addr.port=1",
+        R"({"type":"stream","id":"n","server":false,"addr":{"type":"unix","path":"/x"}})"}) {
+    EXPECT_EQ(netdev(connects), (Words{"-netdev", connects}));
+  }
+  EXPECT_EQ(derive({"-nic", "stream,server=on,addr.type=unix,addr.path=/x", "-nic",
+                    "stream,server=on,addr.type=unix,addr.path=/y"}),
+            (Words{"-nic", "stream,server=on,addr.type=unix,addr.path=/run/d/net-0.sock", "-nic",
+                   "stream,server=on,addr.type=unix,addr.path=/run/d/net-1.sock"}));
+}
+
+TEST(LaunchRules, FilesThatTheOriginalWrites) {
+  EXPECT_EQ(derive({"-object", "filter-dump,id=f,netdev=n,file=/x.pcap,maxlen=99"}),
+            (Words{"-object", "filter-dump,id=f,netdev=n,file=/dev/null,maxlen=99"}));
+  EXPECT_EQ(derive({"-object", R"({"qom-type":"filter-dump","id":"f","file":"/x"})"}),
+            (Words{"-object", R"({"qom-type":"filter-dump","id":"f","file":"/dev/null"})"}));
+  EXPECT_EQ(derive({"-device", "usb-mouse,pcap=/x.pcap,id=m"}),
+            (Words{"-device", "usb-mouse,id=m"}));
+  EXPECT_EQ(derive({"-device", R"({"driver":"usb-mouse","pcap":"/x.pcap"})"}),
+            (Words{"-device", R"({"driver":"usb-mouse"})"}));
+  EXPECT_EQ(derive({"-icount", "7,rr=record,rrfile=/x,rrsnapshot=s"}),
+            (Words{"-icount", "7,rr=record,rrfile=/run/d/replay.bin,rrsnapshot=s"}));
+  for (const char* reads : {"shift=auto", "7,rr=replay,rrfile=/x"}) {
+    EXPECT_EQ(derive({"-icount", reads}), (Words{"-icount", reads}));
+  }
+}
+
+TEST(LaunchRules, AConfigurationFileIsReplacedOrAnError) {
+  EXPECT_EQ(derive({"-readconfig", "/x.cfg"}),
+            (Words{"error: -readconfig /x.cfg may name sockets and files of the original VM",
+                   "Give a replacement after --: -readconfig /x.cfg, if it names no monitor and "
+                   "nothing to listen on or to write; else one without those, and those as "
+                   "options."}));
+  EXPECT_EQ(derive({"-readconfig", "/x.cfg", "-m", "1G", "-readconfig", "/y.cfg"},
+                   {"-readconfig", "/z.cfg"}),
+            (Words{"-readconfig", "/z.cfg", "-m", "1G"}));
+}
+
 TEST(LaunchRules, InheritedDescriptorsAreAnError) {
   EXPECT_EQ(
       derive({"-netdev", "tap,fd=36,id=hostnet0,vhost=on"}),
@@ -246,6 +298,8 @@ TEST(LaunchRules, InheritedDescriptorsAreAnError) {
             "error: -device v uses a descriptor that only the original VM had (vhostfd=38)");
   EXPECT_EQ(derive({"-netdev", "stream,id=n,addr.type=fd,addr.str=5"})[0],
             "error: -netdev n uses a descriptor that only the original VM had (addr.str=5)");
+  EXPECT_EQ(derive({"-netdev", R"({"type":"dgram","id":"n","local":{"type":"fd","str":"5"}})"})[0],
+            "error: -netdev n uses a descriptor that only the original VM had (local.str=5)");
   EXPECT_EQ(derive({"-nic", "tap,fd=7"}),
             (Words{"error: -nic tap,fd=7 uses a descriptor that only the original VM had (fd=7)",
                    "Change it with --replace OLD=NEW."}));
@@ -333,6 +387,12 @@ TEST(OptionValueText, Values) {
   EXPECT_EQ(json.get("a"), "on");
   EXPECT_EQ(json.get("b"), "t");
   EXPECT_EQ(json.get("c"), "3");
+  OptionValue nested = OptionValue::parse(R"({"a":{"b":{"c":"d"}},"e.f":"g"})", "");
+  EXPECT_EQ(nested.get("a.b.c"), "d");
+  EXPECT_EQ(nested.get("e.f"), "g");
+  EXPECT_EQ(nested.get("a.x"), std::nullopt);
+  nested.set("a.b.c", "h");
+  EXPECT_EQ(nested.text(), R"({"a":{"b":{"c":"h"}},"e.f":"g"})");
 }
 
 }  // namespace
