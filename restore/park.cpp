@@ -61,7 +61,7 @@ class Parking {
 
 // The VM is only looked at.
 Status Parking::prepare() {
-  Qmp qmp = VMSNAP_TRY(Qmp::connect(options_.image.qmp));
+  Qmp qmp = VMSNAP_TRY(Qmp::connect(options_.image.qmp, std::chrono::seconds(10), Qmp::Signals::heed));
   Process process = VMSNAP_TRY(Process::open(VMSNAP_TRY(qmp.peer_pid())));
   std::vector<MemoryBlock> blocks;
   for (const RamBlock& block : VMSNAP_TRY(read_ram_blocks(qmp, process))) {

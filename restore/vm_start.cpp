@@ -23,7 +23,7 @@ Result<Qmp> connect_when_ready(const std::string& socket, const Process& process
   constexpr auto limit = std::chrono::seconds(60);
   const Clock::time_point deadline = Clock::now() + limit;
   for (;;) {
-    auto qmp = Qmp::connect(socket, limit);
+    auto qmp = Qmp::connect(socket, limit, Qmp::Signals::heed);
     if (qmp) return qmp;
     VMSNAP_CHECK(check_interrupted());
     if (!process.alive()) {

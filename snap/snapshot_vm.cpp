@@ -200,7 +200,7 @@ Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& o
 Result<SnapshotSummary> snapshot_vm(const std::string& qmp_socket, const SnapshotOptions& options,
                                     const SnapshotProgress& progress) {
   VMSNAP_TEST_POINT("snapshot.start");
-  Qmp qmp = VMSNAP_TRY(Qmp::connect(qmp_socket));
+  Qmp qmp = VMSNAP_TRY(Qmp::connect(qmp_socket, std::chrono::seconds(10), Qmp::Signals::heed));
   const Process process = VMSNAP_TRY(Process::open(VMSNAP_TRY(qmp.peer_pid())));
   // The job ends, and lets the VM go, before we ask what an error meant.
   const auto summary = [&] {

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "formats/interrupt.h"
 #include "snap/vmm/descriptor_message.h"
 #include "snap/vmm/unix_socket.h"
 
@@ -25,12 +26,15 @@ tl::unexpected<Error> bad(const std::string& path, std::string what, std::string
 }
 
 // True when readable before the deadline.
-Result<bool> wait_readable(int fd, Clock::time_point deadline) {
+Result<bool> wait_readable(int fd, Clock::time_point deadline, Qmp::Signals signals) {
+  // A signal may come just before poll(2), or to another thread.
+  constexpr int64_t slice_ms = 200;
   for (;;) {
+    if (signals == Qmp::Signals::heed) VMSNAP_CHECK(check_interrupted());
     const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now()).count();
     if (left <= 0) return false;
     pollfd poller = {fd, POLLIN, 0};
-    const int ready = ::poll(&poller, 1, static_cast<int>(std::min<int64_t>(left, 1 << 30)));
+    const int ready = ::poll(&poller, 1, static_cast<int>(std::min<int64_t>(left, slice_ms)));
     if (ready > 0) return true;
     if (ready < 0 && errno != EINTR) return fail_errno(errno, "poll failed");
   }
@@ -53,8 +57,10 @@ Status send_line(int fd, const std::string& path, const std::string& line,
 
 }  // namespace
 
-Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::milliseconds limit) {
+Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::milliseconds limit,
+                         Signals signals) {
   Qmp qmp;
+  qmp.signals_ = signals;
   qmp.path_ = socket_path;
   qmp.limit_ = limit;
   auto connected = connect_to_socket(socket_path, SOCK_STREAM);
@@ -71,6 +77,9 @@ Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::millisecon
   // A monitor talks to one client at a time; the greeting of a second one
   // waits until the first has gone.
   auto greeting = qmp.read_message(Clock::now() + limit);
+  if (!greeting && greeting.error().code() == ErrorCode::interrupted) {
+    return tl::unexpected(std::move(greeting).error());
+  }
   if (!greeting) {
     return tl::unexpected(std::move(greeting).error().with_remedy(
         "Another program may hold this monitor (libvirt does): give the VM a second -qmp socket."));
@@ -80,6 +89,8 @@ Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::millisecon
                "Give the path of a -qmp socket, not of a -monitor or -serial one.");
   }
   VMSNAP_TRY(qmp.execute("qmp_capabilities"));
+  // A command that has begun is waited for: what it did is to be known.
+  qmp.signals_ = Signals::wait_through;
   return qmp;
 }
 
@@ -112,7 +123,7 @@ Result<Json> Qmp::read_message(Clock::time_point deadline) {
     if (received_.size() > max_reply) {
       return bad(path_, "the answer has no end", "Give the path of a -qmp socket.");
     }
-    if (!VMSNAP_TRY(wait_readable(fd(), deadline))) {
+    if (!VMSNAP_TRY(wait_readable(fd(), deadline, signals_))) {
       return bad(path_, "no answer in time", "See whether the VM hangs.");
     }
     char buffer[65536];

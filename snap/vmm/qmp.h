@@ -21,9 +21,14 @@ namespace vmsnap {
 
 class Qmp {
  public:
+  // Whether SIGINT and its like end the wait for the greeting, with
+  // ErrorCode::interrupted. Not where a VM is to be put right after one of them.
+  enum class Signals { wait_through, heed };
+
   // Connects, reads the greeting, leaves negotiation mode.
   static Result<Qmp> connect(const std::string& socket_path,
-                             std::chrono::milliseconds limit = std::chrono::seconds(10));
+                             std::chrono::milliseconds limit = std::chrono::seconds(10),
+                             Signals signals = Signals::wait_through);
 
   const std::string& socket_path() const { return path_; }
   int fd() const { return fd_.get(); }
@@ -58,6 +63,7 @@ class Qmp {
   std::chrono::milliseconds limit_{10000};
   uint64_t last_id_ = 0;
   uint64_t stops_ = 0, resumes_ = 0;
+  Signals signals_ = Signals::wait_through;
 };
 
 // A text in an object of an answer; empty if it is not there, or is none.

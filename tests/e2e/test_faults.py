@@ -171,6 +171,41 @@ def test_qemu_refuses_to_start(world, guest):
     checks.assert_running(guest)
 
 
+SILENT_MONITOR = r"""#!/usr/bin/env python3
+import re, signal, socket, sys
+path = re.search("unix:([^,]+)", " ".join(sys.argv)).group(1)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(path)
+listener.listen()
+connection = listener.accept()
+open(path + ".accepted", "w").close()
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("command", ["snapshot", "park", "restore"])
+def test_interrupted_before_a_monitor_greets(world, guest, command):
+    """A QEMU that accepts and says nothing holds up nobody who has had enough."""
+    program, folder, image = world.path("qemu"), world.directory("run"), world.path("vm.img")
+    program.write_text(SILENT_MONITOR)
+    program.chmod(0o755)
+    monitor, run_dir = folder / "qmp.sock", folder
+    if command == "restore":
+        world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", image).expect("ok")
+        arguments = [image, "--qemu", program]
+    else:
+        world.start([program, f"unix:{monitor},"])
+        harness.wait_until(monitor.exists, "the monitor")
+        arguments = ["--qmp", monitor, "--output", image]
+    if command != "snapshot":
+        arguments += ["--run-dir", run_dir]
+    run = world.start_vmsnap(command, *arguments)
+    harness.wait_until((folder / "qmp.sock.accepted").exists, "vmsnap to connect")
+    run.signal(signal.SIGINT)
+    run.wait().expect("interrupted")
+    checks.assert_running(guest)
+
+
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"], ids=["input", "all-three"])
 def test_without_standard_descriptors(world, guest, closed):
     """No file of ours gets their numbers: the background would replace it."""
