@@ -153,6 +153,11 @@ Result<RunDir> RunDir::open(const std::string& path) {
   std::error_code failed;
   dir.path_ = fs::canonical(path, failed).string();
   if (failed) return fail_errno(failed.value(), "cannot open the run directory {}", path);
+  const RestoreRecord record = VMSNAP_TRY(dir.read());
+  // Nobody is to be kept off where no VM is served, and a lock that went with
+  // the page server is not left there anew.
+  const bool over = record.phase >= RestorePhase::complete || !find_process(record);
+  if (over && !fs::exists(dir.file("lock"))) return dir;
   VMSNAP_CHECK(dir.take_lock());
   return dir;
 }

@@ -96,7 +96,8 @@ class RunDir {
   // restored there still runs, one that was parked there is not whole again, or
   // a page server has it.
   static Result<RunDir> create(const std::string& path);
-  // An existing one, for taking over. ErrorCode::exists when a page server has it.
+  // An existing one, for taking over. ErrorCode::exists when a page server has it;
+  // the errors of read_restore_record(), and then nothing is made there.
   static Result<RunDir> open(const std::string& path);
 
   const std::string& path() const { return path_; }

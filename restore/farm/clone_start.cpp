@@ -12,6 +12,7 @@
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
+#include "formats/text.h"
 #include "restore/farm/farm_keeper.h"
 #include "restore/farm/farm_link.h"
 #include "restore/guest_ram.h"
@@ -99,6 +100,9 @@ nlohmann::json start_one(RestoreOptions options, const FarmDir& farm, const std:
   };
   const Status ran = start.run(hooks);
   if (!ran) {
+    // Its number is free again: who tries once more has prepared disks by number.
+    std::error_code ignored;
+    std::filesystem::remove_all(options.run_dir, ignored);
     return {{"error", ran.error().message()}, {"remedy", ran.error().remedy()}};
   }
   const RestoreRecord& record = start.vm().record;
@@ -116,6 +120,8 @@ class CloneStarter {
   Status run();
 
  private:
+  Status start_all();
+  void remove_unused_farm();
   Status prepare();
   Status join_or_make_farm();
   Status launch(const std::string& name);
@@ -130,6 +136,7 @@ class CloneStarter {
   const Clock::time_point started_ = Clock::now();
   std::unique_ptr<ImageReader> image_;
   std::unique_ptr<FarmDir> farm_;
+  bool made_farm_ = false;
   Fd connection_;  // keeps the farm while nothing runs yet
   Fd go_, wait_for_go_;  // a pipe
   std::vector<Started> started_clones_;
@@ -148,7 +155,7 @@ Status CloneStarter::prepare() {
 }
 
 Status CloneStarter::join_or_make_farm() {
-  farm_ = std::make_unique<FarmDir>(VMSNAP_TRY(FarmDir::make(options_.vm.run_dir)));
+  farm_ = std::make_unique<FarmDir>(VMSNAP_TRY(FarmDir::make(options_.vm.run_dir, &made_farm_)));
   if (auto joined = connect_for_messages(farm_->socket())) {
     connection_ = *std::move(joined);
     if (VMSNAP_TRY(farm_->read()).image_id == image_->info().id) return {};
@@ -275,7 +282,26 @@ Status CloneStarter::wait_for_the_end() const {
               shell_quoted(farm_->path()));
 }
 
+// Not while its keeper is there, to whom others may have come meanwhile.
+void CloneStarter::remove_unused_farm() {
+  connection_.reset();
+  for (int i = 0; i < 100 && farm_->clones().empty(); ++i) {
+    if (const auto lock = farm_->lock()) {
+      std::error_code ignored;
+      std::filesystem::remove_all(farm_->path(), ignored);
+      return;
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  }
+}
+
 Status CloneStarter::run() {
+  Status done = start_all();
+  if (!done && farm_ && made_farm_) remove_unused_farm();
+  return done;
+}
+
+Status CloneStarter::start_all() {
   VMSNAP_CHECK(prepare());
   VMSNAP_CHECK(join_or_make_farm());
   int ends[2];
@@ -358,7 +384,7 @@ Status reattach_farm(const std::string& run_dir, const KeySource& key, bool json
   if (!memory) return tl::unexpected(std::move(memory).error());
   VMSNAP_TRY(start_keeper({farm, std::move(lock), record, *image, *std::move(memory)}, living));
   if (json) {
-    context.out << nlohmann::json({{"run_dir", farm.path()}, {"clones", living}}).dump(2) << "\n";
+    print_json(context.out, {{"run_dir", farm.path()}, {"clones", living}});
   } else {
     context.out << fmt::format("{} clones in {} are served again\n", living.size(), farm.path());
   }

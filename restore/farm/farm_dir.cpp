@@ -41,9 +41,9 @@ Result<FarmRecord> farm_record_from_json(const nlohmann::json& json) {
 
 }  // namespace
 
-Result<FarmDir> FarmDir::make(const std::string& path) {
+Result<FarmDir> FarmDir::make(const std::string& path, bool* made) {
   FarmDir dir;
-  dir.path_ = VMSNAP_TRY(make_run_directory(path));
+  dir.path_ = VMSNAP_TRY(make_run_directory(path, made));
   return dir;
 }
 

@@ -33,8 +33,8 @@ struct FarmRecord {
 class FarmDir {
  public:
   // Makes the directory (mode 0700) if it is not there; empty: a new one where
-  // run directories are made. Not locked.
-  static Result<FarmDir> make(const std::string& path);
+  // run directories are made. `made` says whether it was made. Not locked.
+  static Result<FarmDir> make(const std::string& path, bool* made = nullptr);
   // ErrorCode::usage for a directory that is not a farm's.
   static Result<FarmDir> open(const std::string& path);
 

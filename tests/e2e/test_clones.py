@@ -169,6 +169,28 @@ def test_come_and_go(world):
     farm.assert_gone()
 
 
+def test_what_cannot_start_leaves_its_number_free(world):
+    """Whoever tries again has overlays by number: {clone} must mean the same."""
+    farm = Farm(world, ordered_image(world))
+    failing = ["restore", farm.image, "--run-dir", farm.dir, "--qemu", "/nope", "--clones"]
+    world.vmsnap(*failing, 2).expect("vm")
+    assert not farm.dir.exists()
+    farm.dir.mkdir()  # by somebody else: it stays
+    world.vmsnap(*failing, 2).expect("vm")
+    assert farm.dir.exists() and not list(farm.dir.glob("[0-9]*"))
+    one, two = farm.add(2, "--", "-name", "clone-{clone}")
+    commands = world.processes()
+    assert "clone-1" in commands[one.pid] and "clone-2" in commands[two.pid]
+    world.vmsnap(*failing, 1).expect("vm")
+    assert [clone["clone"] for clone in farm.status()["clones"]] == ["1", "2"]
+    assert not (farm.dir / "3").exists()
+    for clone in (one, two):
+        clone.wait_for_progress()
+        victims.check_ordered_live(world, clone)
+    farm.stop()
+    farm.assert_gone()
+
+
 def kill_page_servers(world, farm, stop, kills):
     while not stop.wait(1):
         server = farm.server()

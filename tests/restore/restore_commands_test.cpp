@@ -134,6 +134,16 @@ TEST_F(Reattach, AVmThatIsGone) {
             fmt::format("the VM (process {}) has ended; its memory went with it", ::getpid()));
 }
 
+TEST_F(Reattach, NoLockIsMadeWhereNothingIsServed) {
+  const std::string lock = directory_ / "lock";
+  EXPECT_FALSE(run({"restore", "--reattach", directory_.path()}));
+  EXPECT_FALSE(std::filesystem::exists(lock)) << "it is no run directory";
+  leave(RestorePhase::ended, ::getpid());  // our number, another start time
+  std::filesystem::remove(lock);
+  EXPECT_FALSE(run({"restore", "--reattach", directory_.path()}));
+  EXPECT_FALSE(std::filesystem::exists(lock)) << "that VM has ended";
+}
+
 TEST_F(Reattach, WhereThereIsNothing) {
   EXPECT_EQ(error_of({"restore", "--reattach", directory_ / "none"}),
             "cannot open the run directory " + directory_ / "none" + ": No such file or directory");
