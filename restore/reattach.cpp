@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include "formats/interrupt.h"
+#include "formats/text.h"
 #include "formats/working_set_file.h"
 #include "restore/launch.h"
 #include "restore/launch_rules.h"
@@ -43,13 +44,29 @@ void go_on_recording(ServedVm& vm) {
   }
 }
 
+// Where there is nothing, or no longer anything, to wait for.
+void print_state(const RunDir& dir, const RestoreRecord& record, const std::string& text,
+                 const ReattachOptions& options, CommandContext& context) {
+  if (!options.json) {
+    context.out << text << "\n";
+    return;
+  }
+  print_json(context.out, {{"id", record.image_id},
+                           {"run_dir", dir.path()},
+                           {"pid", record.pid},
+                           {"server_pid", record.server_pid},
+                           {"qmp", record.qmp},
+                           {"phase", phase_name(record.phase)}});
+}
+
 // Killed before the memory was touched: the VM is whole, and perhaps paused.
 Status end_parking(const RunDir& dir, RestoreRecord& record, const Process& process,
-                   CommandContext& context) {
+                   const ReattachOptions& options, CommandContext& context) {
   if (record.resume) VMSNAP_CHECK(resume_vm(record.qmp));
   record.phase = RestorePhase::complete;
+  record.server_pid = 0;
   VMSNAP_CHECK(dir.write(record));
-  context.out << fmt::format("{} had not been parked yet\n", process.describe());
+  print_state(dir, record, process.describe() + " had not been parked yet", options, context);
   return {};
 }
 
@@ -72,6 +89,7 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
         Error(ErrorCode::usage, fmt::format("{} is the directory of one clone", dir.path()))
             .with_remedy("Give --reattach the farm's directory, the one above."));
   }
+  constexpr const char* whole = " has all of its memory already";
   auto process = find_process(record);
   if (record.phase < RestorePhase::loaded) {
     if (process) kill_and_wait(*process);
@@ -81,11 +99,11 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
   }
   if (!process) return tl::unexpected(std::move(process).error());
   if (record.phase == RestorePhase::complete) {
-    context.out << fmt::format("{} has all of its memory already\n", process->describe());
+    print_state(dir, record, process->describe() + whole, options, context);
     return {};
   }
   if (record.phase == RestorePhase::parking && record.uffd < 0) {
-    return end_parking(dir, record, *process, context);
+    return end_parking(dir, record, *process, options, context);
   }
 
   auto image = VMSNAP_TRY(open_recorded_image(record.image, record.image_id, options.key));
@@ -96,7 +114,8 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
     if (record.phase != RestorePhase::filled) return tl::unexpected(std::move(uffd).error());
     // The predecessor closed it, and died before it wrote that down.
     record.phase = RestorePhase::complete;
-    context.out << fmt::format("{} has all of its memory already\n", process->describe());
+    record.server_pid = 0;
+    print_state(dir, record, process->describe() + whole, options, context);
     return dir.write(record);
   }
   PageMarks marks = VMSNAP_TRY(PageMarks::open(dir.file("pages"), image->page_count()));
@@ -118,8 +137,11 @@ Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
   }
   if (vm.record.phase == RestorePhase::parked && !options.unpark) {
     VMSNAP_CHECK(open_control(vm));
-    const pid_t server = VMSNAP_TRY(serve_in_background(vm));
-    context.out << fmt::format("{} is parked; process {} serves it\n", vm.process.describe(), server);
+    vm.record.server_pid = VMSNAP_TRY(serve_in_background(vm));
+    print_state(vm.dir, vm.record,
+                fmt::format("{} is parked; process {} serves it", vm.process.describe(),
+                            vm.record.server_pid),
+                options, context);
     return {};
   }
   std::unique_ptr<Serving> serving = Serving::start(vm);

@@ -38,10 +38,14 @@ Status run_restore(RestoreArguments& arguments, CommandContext& context) {
     options.prefetch = VMSNAP_TRY(parse_prefetch(arguments.prefetch));
   }
   if (!arguments.reattach.empty()) {
-    if (!options.image.name.empty() || !options.extra.empty() || options.record_working_set) {
+    if (!options.image.name.empty() || !options.extra.empty()) {
       return fail(ErrorCode::usage, "--reattach takes the image and the VM from its directory");
     }
     if (FarmDir::open(arguments.reattach)) {
+      if (options.prefetch) {
+        return fail(ErrorCode::usage, "--prefetch: the clones in {} go on as they were started",
+                    arguments.reattach);
+      }
       return reattach_farm(arguments.reattach, options.image.store.key, options.json, context);
     }
     return reattach_vm({arguments.reattach, options.prefetch, options.detach, options.json,
@@ -77,6 +81,9 @@ void add_restore(CLI::App& app, CommandContext& context) {
   CLI::App* command = app.add_subcommand(
       "restore", "Start the VM of an image again; its memory comes as it is touched");
   add_image_argument(*command, arguments->options.image);
+  CLI::Option* reattach =
+      command->add_option("--reattach", arguments->reattach,
+                          "Take over the VM of this run directory, whose page server died");
   command->add_option("--run-dir", arguments->options.run_dir,
                       "Directory for sockets, logs and restore.json (default: a new one)");
   command->add_option("--clones", arguments->clones,
@@ -86,8 +93,6 @@ void add_restore(CLI::App& app, CommandContext& context) {
   command->add_option("--memory", arguments->memory,
                       "With --clones: keep the shared pages under this size (512M, 2G); cold ones "
                       "come back from the image");
-  command->add_option("--reattach", arguments->reattach,
-                      "Take over the VM of this run directory, whose page server died");
   command
       ->add_option("--replace", arguments->replacements,
                    "OLD=NEW: change text in the recorded arguments; may be given again")
@@ -108,6 +113,12 @@ void add_restore(CLI::App& app, CommandContext& context) {
   command->add_flag("--dry-run", arguments->dry_run,
                     "Print the command line that would be run, and nothing else");
   command->add_flag("--json", arguments->options.json, "Print one JSON object");
+  // The VM is there already.
+  for (const char* of_a_start :
+       {"--store", "--run-dir", "--clones", "--memory", "--replace", "--qemu", "--chdir",
+        "--record-working-set", "--start-paused", "--fix-clock", "--dry-run"}) {
+    reattach->excludes(command->get_option(of_a_start));
+  }
   command->add_option("QEMU_ARGUMENTS", arguments->options.extra,
                       "After --: arguments to add; with the id of a recorded one, to replace it");
   command->footer(

@@ -130,7 +130,9 @@ Status run(const Arguments& arguments, CommandContext& context) {
   line.clear();
   if (!summary) return tl::unexpected(summary.error());
   if (arguments.json) {
-    context.out << to_json(*summary).dump() << "\n";
+    // On one line; a file's name need not be UTF-8.
+    context.out << to_json(*summary).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)
+                << "\n";
   } else {
     print_summary(context.out, *summary);
   }

@@ -6,6 +6,7 @@
 
 #include "formats/interrupt.h"
 #include "formats/size.h"
+#include "formats/text.h"
 #include "restore/farm/farm_dir.h"
 #include "restore/farm/farm_link.h"
 #include "restore/farm/shared_memory.h"
@@ -62,6 +63,19 @@ nlohmann::json describe(const ListedClone& clone) {
 
 double mib(const nlohmann::json& memory, const char* field) {
   return static_cast<double>(memory.value(field, uint64_t{0})) / (1 << 20);
+}
+
+// After --wait, --stop or --remove: none of them is alive.
+void report_the_end(const FarmDir& farm, const std::vector<ListedClone>& ended,
+                    CommandContext& context) {
+  nlohmann::json clones = nlohmann::json::array();
+  for (const ListedClone& clone : ended) {
+    const bool there = std::filesystem::exists(farm.file(clone.name));
+    clones.push_back({{"clone", clone.name},
+                      {"state", there ? "ended" : "removed"},
+                      {"pid", clone.record.pid}});
+  }
+  print_json(context.out, {{"run_dir", farm.path()}, {"clones", std::move(clones)}});
 }
 
 Status list(const FarmDir& farm, const ClonesOptions& options, CommandContext& context) {
@@ -151,6 +165,7 @@ Status run_clones(const ClonesOptions& options, CommandContext& context) {
   if (options.remove) {
     for (const ListedClone& clone : clones) remove_directory(farm, clone.name);
   }
+  if (options.json) report_the_end(farm, clones, context);
   return {};
 }
 

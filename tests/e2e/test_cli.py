@@ -1,6 +1,7 @@
 """The command line and its manual page say the same; what scripts see is stable."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -106,6 +107,15 @@ def test_json_of_a_snapshot(shared_world, victim):
     assert 0 < figures["pause_ms"] <= figures["total_ms"]
     assert re.fullmatch(r"[0-9a-f]{32}", figures["id"])
     assert not result.err.strip(), f"nothing to say beside the JSON: {result}"
+
+
+def test_json_of_a_name_that_is_not_utf8(shared_world, victim):
+    folder = shared_world.directory("odd")
+    image = folder / os.fsdecode(b"\xff.img")
+    result = shared_world.vmsnap("snapshot", "--pid", victim.pid, *victim.range_arguments(),
+                                 "--output", image, "--json").expect("ok")
+    assert result.json["file"] == f"{folder}/\ufffd.img"
+    checks.assert_only(folder, image.name)
 
 
 def test_json_of_an_error(shared_world, victim):

@@ -160,12 +160,15 @@ def test_come_and_go(world):
     other = ordered_image(world)
     refused = world.vmsnap("restore", other, "--clones", 1, "--run-dir", farm.dir).expect("exists")
     assert "another image" in refused.err
-    world.vmsnap("clones", "--run-dir", farm.dir, "--remove", "1").expect("ok")
+    removed = world.vmsnap("clones", "--run-dir", farm.dir, "--remove", "1", "--json").expect("ok")
+    assert removed.json == {"run_dir": str(farm.dir), "clones": [
+        {"clone": "1", "state": "removed", "pid": one.pid}]}
     assert not (farm.dir / "1").exists()
     world.vmsnap("clones", "--run-dir", farm.dir, "--stop", "9").expect("usage")
-    waiting = world.start_vmsnap("clones", "--run-dir", farm.dir, "--wait")
+    waiting = world.start_vmsnap("clones", "--run-dir", farm.dir, "--wait", "--json")
     os.kill(three.pid, signal.SIGKILL)
-    waiting.wait().expect("ok")
+    ended = waiting.wait().expect("ok").json["clones"]
+    assert {clone["clone"]: clone["state"] for clone in ended} == {"2": "ended", "3": "ended"}
     farm.assert_gone()
 
 
@@ -232,6 +235,7 @@ def test_keeper_killed_and_reattached(world):
     refused = world.vmsnap("restore", farm.image, "--clones", 1, "--run-dir", farm.dir).expect("exists")
     assert "--reattach" in refused.err
     world.vmsnap("restore", "--reattach", farm.dir / "1").expect("usage")
+    world.vmsnap("restore", "--reattach", farm.dir, "--prefetch", "none").expect("usage")
     world.vmsnap("restore", "--reattach", farm.dir).expect("ok")
     for clone in clones:
         victims.assert_linux_goes_on(clone)

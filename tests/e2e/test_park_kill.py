@@ -33,6 +33,8 @@ def test_killed_before_the_image_is_there(shared_world, guest, point):
     checks.assert_running(guest)
     said = shared_world.vmsnap("unpark", "--run-dir", run_dir).expect("ok")
     assert "not been parked" in said.out
+    again = shared_world.vmsnap("unpark", "--run-dir", run_dir, "--json").expect("ok").json
+    assert (again["phase"], again["pid"]) == ("complete", guest.pid)
     checks.assert_running(guest)
     victims.check_ordered_live(shared_world, guest)
 
@@ -85,7 +87,9 @@ def test_page_server_killed_while_it_is_parked(world):
     run_dir, _, done = park(world, guest)
     checks.assert_unprivileged(done["server_pid"])
     system.kill(done["server_pid"])
-    world.vmsnap("restore", "--reattach", run_dir).expect("ok")
+    again = world.vmsnap("restore", "--reattach", run_dir, "--json").expect("ok").json
+    assert (again["phase"], again["pid"]) == ("parked", guest.pid)
+    assert again["server_pid"] == record(run_dir)["server_pid"]
     guest.qmp("cont")
     guest.wait_for_progress()
     system.kill(record(run_dir)["server_pid"])

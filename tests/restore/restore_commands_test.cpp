@@ -84,6 +84,16 @@ TEST_F(Commands, UsageErrors) {
   EXPECT_EQ(error_of({"serve", image}), "--socket is required");
   EXPECT_EQ(run({"restore", image, "--reattach", directory_.path()}).error().code(),
             ErrorCode::usage);
+  for (const std::vector<std::string>& of_a_start :
+       {std::vector<std::string>{"--dry-run"}, {"--start-paused"}, {"--fix-clock"},
+        {"--record-working-set"}, {"--run-dir", "d"}, {"--clones", "2"}, {"--memory", "8M"},
+        {"--replace", "a=b"}, {"--qemu", "q"}, {"--chdir", "/"}, {"--store", "s"}}) {
+    std::vector<std::string> words = {"restore", "--reattach", directory_.path()};
+    words.insert(words.end(), of_a_start.begin(), of_a_start.end());
+    const std::string error = error_of(words);
+    EXPECT_NE(error.find(of_a_start[0]), std::string::npos) << error;
+    EXPECT_NE(error.find("excludes"), std::string::npos) << error;
+  }
 }
 
 TEST_F(Commands, AnImageOfAProcessIsNotRestored) {
@@ -132,6 +142,30 @@ TEST_F(Reattach, AVmThatIsGone) {
   leave(RestorePhase::running, ::getpid());  // our number, another start time
   EXPECT_EQ(error_of({"restore", "--reattach", directory_.path()}),
             fmt::format("the VM (process {}) has ended; its memory went with it", ::getpid()));
+}
+
+TEST_F(Reattach, AVmThatHasAllOfItsMemory) {
+  RestoreRecord record;
+  record.phase = RestorePhase::complete;
+  record.image_id = "0123";
+  record.qmp = "/q\xff";
+  record.pid = ::getpid();
+  record.start_time = Process::open(::getpid())->start_time();
+  const std::string path = std::filesystem::canonical(directory_.path()).string();
+  ASSERT_TRUE(RunDir::create(path)->write(record));
+  std::filesystem::remove(path + "/lock");  // as its page server did
+  ASSERT_TRUE(run({"restore", "--reattach", path}));
+  EXPECT_TRUE(out_.str().ends_with(" has all of its memory already\n")) << out_.str();
+  out_.str("");
+  ASSERT_TRUE(run({"restore", "--reattach", path, "--json"}));
+  const auto json = nlohmann::json::parse(out_.str());
+  EXPECT_EQ(json, nlohmann::json({{"id", "0123"},
+                                  {"run_dir", path},
+                                  {"pid", ::getpid()},
+                                  {"server_pid", 0},
+                                  {"qmp", "/q\xEF\xBF\xBD"},
+                                  {"phase", "complete"}}));
+  EXPECT_FALSE(std::filesystem::exists(path + "/lock"));
 }
 
 TEST_F(Reattach, NoLockIsMadeWhereNothingIsServed) {
