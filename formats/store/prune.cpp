@@ -13,6 +13,7 @@
 
 #include "formats/image_file.h"
 #include "formats/interrupt.h"
+#include "formats/log.h"
 #include "formats/store/pack_file.h"
 #include "formats/test_point.h"
 
@@ -80,8 +81,10 @@ class Pruner {
   Status delete_from_trash();
   Status remove_unkept();
   Status add_needed(const std::string& directory);
+  Status free_dead_packs();
   Status condemn_dead_packs();
   Status delete_condemned();
+  Status repack_sparse_packs(const RepackOptions& repacking);
   Status delete_working_sets();
 
   Store& store_;
@@ -191,6 +194,13 @@ Status Pruner::add_needed(const std::string& directory) {
   return {};
 }
 
+Status Pruner::free_dead_packs() {
+  needed_.clear();
+  read_.clear();
+  VMSNAP_CHECK(condemn_dead_packs());
+  return delete_condemned();
+}
+
 Status Pruner::condemn_dead_packs() {
   // Most of the reading first, so that commits wait for little.
   VMSNAP_CHECK(add_needed(paths_.snapshots()));
@@ -225,6 +235,7 @@ Status Pruner::condemn_dead_packs() {
 Status Pruner::delete_condemned() {
   // We began in an epoch, too, and need nothing of it any more.
   VMSNAP_CHECK(store_.begin_again());
+  report_.packs_waiting = report_.waiting_bytes = 0;  // those that wait still are counted below
   for (const auto& [path, epoch, id] : VMSNAP_TRY(list_condemned(paths_))) {
     if (needed_.contains(id)) {
       // A crash between two renames: it is needed after all.
@@ -265,6 +276,19 @@ Status Pruner::delete_working_sets() {
   return {};
 }
 
+// What fails here must not keep the space of what is dead: one pack that cannot
+// be read would do so for ever.
+Status Pruner::repack_sparse_packs(const RepackOptions& repacking) {
+  const Status repacked = repack(store_, repacking, report_.repacked);
+  if (!repacked && repacked.error().code() == ErrorCode::interrupted) return repacked;
+  if (!repacked || report_.repacked.packs != 0) VMSNAP_CHECK(free_dead_packs());
+  if (repacked || repacked.error().code() != ErrorCode::no_space) return repacked;
+  log_warning("not repacked, which needs some space: {}; make room, or leave it out with "
+              "--repack-below 0",
+              repacked.error().message());
+  return {};
+}
+
 Result<PruneReport> Pruner::run() {
   const StoreLock lock = VMSNAP_TRY(StoreLock::maintain(paths_, options_.lock_wait));
   VMSNAP_CHECK(list());
@@ -277,17 +301,17 @@ Result<PruneReport> Pruner::run() {
     for (const PruneReport::Decision& d : report_.decisions) {
       if (!d.decision.keep) repacking.leaving.insert(d.snapshot.id);
     }
-    report_.repacked = VMSNAP_TRY(repack(store_, repacking));
+    VMSNAP_CHECK(repack(store_, repacking, report_.repacked));
     return std::move(report_);
   }
   remove_abandoned(paths_.temporary());
   if (options_.empty_trash) VMSNAP_CHECK(remove_unkept());
   VMSNAP_CHECK(delete_from_trash());
   if (!options_.empty_trash) VMSNAP_CHECK(remove_unkept());
-  report_.repacked = VMSNAP_TRY(repack(store_, repacking));
-  VMSNAP_CHECK(condemn_dead_packs());
-  VMSNAP_CHECK(delete_condemned());
   VMSNAP_CHECK(delete_working_sets());
+  // What is dead goes first: on a full disk that is the room for the rest.
+  VMSNAP_CHECK(free_dead_packs());
+  VMSNAP_CHECK(repack_sparse_packs(repacking));
   return std::move(report_);
 }
 

@@ -53,7 +53,9 @@ struct PruneReport {
 
 // ErrorCode::locked if another prune or repair is at work for longer than
 // lock_wait; ErrorCode::damaged, with nothing done, if a manifest cannot be
-// read: it is not known then which packs it needs.
+// read: it is not known then which packs it needs. Where there is no room to repack,
+// that is a warning; what else fails of it is the error of a prune that has
+// freed what was dead.
 Result<PruneReport> prune(Store& store, const PruneOptions& options);
 
 }  // namespace vmsnap

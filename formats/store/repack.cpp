@@ -54,13 +54,14 @@ class DomainRepack {
   Status add(uint64_t old_key, std::unordered_map<uint64_t, uint64_t>& moved,
              std::span<const std::byte, page_size> page);
   Status flush();
+  Status leave(const layout::ImageId& id, const Error& error);
   Status rewrite(const std::string& path);
   Status publish(RepackReport& report);
   void add_to_index() const;
 
   const Store& store_;
   const std::string domain_;
-  const std::map<layout::ImageId, SparsePack> old_;
+  std::map<layout::ImageId, SparsePack> old_;
   const ImageWriterOptions options_;  // what the new packs are like
   PackSet new_;
   PackSink sink_;
@@ -76,6 +77,12 @@ class DomainRepack {
 
   std::vector<Manifest> manifests_;
 };
+
+void count(const SparsePack& pack, RepackReport& report) {
+  ++report.packs;
+  report.bytes += pack.bytes;
+  report.needed_bytes += pack.frames ? pack.bytes * pack.needed.size() / pack.frames : 0;
+}
 
 // An entry without the number of its pack.
 uint64_t key_of(PageEntry entry) {
@@ -103,6 +110,17 @@ Status DomainRepack::flush() {
   return check_interrupted();
 }
 
+// A pack that cannot be read is none of those that are moved: what was copied
+// of it already is not used.
+Status DomainRepack::leave(const layout::ImageId& id, const Error& error) {
+  VMSNAP_CHECK(flush());  // who waits for his place may be one of it
+  log_warning("{}; its pack is not repacked: run 'vmsnap verify --store {}', and 'vmsnap repair'",
+              error.message(), store_.paths().root);
+  old_.erase(id);
+  moved_.erase(id);
+  return {};
+}
+
 // In the order of the pages of one snapshot after another: neighbours stay near.
 Status DomainRepack::move_frames(const std::string& path) {
   const auto opened = store_.open_manifest(path);
@@ -118,7 +136,9 @@ Status DomainRepack::move_frames(const std::string& path) {
     auto& moved = moved_[rows[entry.pack - 1].id];
     if (moved.contains(key_of(entry))) return {};
     std::array<std::byte, page_size> page;
-    VMSNAP_CHECK(read_stored_page(files, bits, page));
+    if (const Status read = read_stored_page(files, bits, page); !read) {
+      return leave(rows[entry.pack - 1].id, read.error());
+    }
     return add(key_of(entry), moved, page);
   });
 }
@@ -239,6 +259,7 @@ Status DomainRepack::run(RepackReport& report) {
   }
   for (const std::string& path : paths) VMSNAP_CHECK(move_frames(path));
   VMSNAP_CHECK(flush());
+  if (old_.empty()) return {};
   VMSNAP_TRY(sink_.close());
   VMSNAP_TEST_POINT("repack.packs_synced");
   for (const std::string& path : paths) {
@@ -246,26 +267,24 @@ Status DomainRepack::run(RepackReport& report) {
     VMSNAP_CHECK(check_interrupted());
   }
   VMSNAP_CHECK(publish(report));
+  for (const auto& [id, pack] : old_) count(pack, report);
   add_to_index();
   return {};
 }
 
 }  // namespace
 
-Result<RepackReport> repack(const Store& store, const RepackOptions& options) {
-  RepackReport report;
+Status repack(const Store& store, const RepackOptions& options, RepackReport& report) {
   std::map<std::string, std::map<layout::ImageId, SparsePack>> domains;
   for (auto& [id, pack] : VMSNAP_TRY(find_sparse_packs(store, options))) {
-    ++report.packs;
-    report.bytes += pack.bytes;
-    report.needed_bytes += pack.frames ? pack.bytes * pack.needed.size() / pack.frames : 0;
+    if (options.dry_run) count(pack, report);
     domains[pack.domain].emplace(id, std::move(pack));
   }
-  if (options.dry_run) return report;
+  if (options.dry_run) return {};
   for (auto& [domain, packs] : domains) {
     VMSNAP_CHECK(DomainRepack(store, domain, std::move(packs), options.pack_bytes).run(report));
   }
-  return report;
+  return {};
 }
 
 }  // namespace vmsnap

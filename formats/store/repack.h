@@ -31,14 +31,16 @@ struct RepackOptions {
 };
 
 struct RepackReport {
-  uint64_t packs = 0;         // mostly not needed
+  uint64_t packs = 0;         // mostly not needed, and now dead (in a dry run: would be)
   uint64_t needed_bytes = 0;  // of them, about
   uint64_t bytes = 0;         // all of them
   uint64_t manifests = 0;     // written anew
 };
 
 // The caller holds StoreLock::maintain. Blocks on the disk; ends with
-// ErrorCode::interrupted, and nothing changed, if a signal asks so.
-Result<RepackReport> repack(const Store& store, const RepackOptions& options);
+// ErrorCode::interrupted if a signal asks so. A pack that cannot be read stays
+// as it is, with a warning if that is found only now. After an error `report`
+// has what was done before it; what was not is as it was.
+Status repack(const Store& store, const RepackOptions& options, RepackReport& report);
 
 }  // namespace vmsnap

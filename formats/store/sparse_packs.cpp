@@ -21,7 +21,8 @@ class Finder {
 
  private:
   Status read_manifests(const std::string& directory, bool to_stay);
-  Status drop_what_cannot_be();
+  Status look_at(const layout::ImageId& id, SparsePack& pack) const;
+  void drop_what_cannot_be();
   Status count(const std::string& path);
   bool is_sparse(uint64_t needed, uint64_t frames) const {
     return static_cast<double>(needed) < options_.below * static_cast<double>(frames);
@@ -60,20 +61,27 @@ Status Finder::read_manifests(const std::string& directory, bool to_stay) {
   return {};
 }
 
-// One snapshot alone may need enough of it.
-Status Finder::drop_what_cannot_be() {
+Status Finder::look_at(const layout::ImageId& id, SparsePack& pack) const {
+  const auto file =
+      VMSNAP_TRY(PackFile::open(store_.paths().pack(id), id, store_.master()));
+  pack.frames = VMSNAP_TRY(file->trailer()).frame_count;
+  pack.bytes = file->length();
+  pack.deltas = file->may_have_deltas();
+  return {};
+}
+
+// One snapshot alone may need enough of it. And only a whole pack under its own
+// name can be moved: not one in quarantine, nor one that is missing or damaged,
+// of which verify tells.
+void Finder::drop_what_cannot_be() {
   for (auto pack = packs_.begin(); pack != packs_.end();) {
     bool keep = !fixed_.contains(pack->first);
     if (keep) {
-      const auto file = VMSNAP_TRY(open_pack(store_.paths(), pack->first, store_.master()));
-      pack->second.frames = VMSNAP_TRY(file->trailer()).frame_count;
-      pack->second.bytes = file->length();
-      pack->second.deltas = file->may_have_deltas();
-      keep = is_sparse(most_[pack->first], pack->second.frames);
+      keep = look_at(pack->first, pack->second) &&
+             is_sparse(most_[pack->first], pack->second.frames);
     }
     pack = keep ? std::next(pack) : packs_.erase(pack);
   }
-  return {};
 }
 
 Status Finder::count(const std::string& path) {
@@ -99,7 +107,7 @@ Result<SparsePacks> Finder::run() {
   if (options_.below <= 0) return std::move(packs_);
   VMSNAP_CHECK(read_manifests(store_.paths().snapshots(), true));
   VMSNAP_CHECK(read_manifests(store_.paths().trash(), false));
-  VMSNAP_CHECK(drop_what_cannot_be());
+  drop_what_cannot_be();
   while (packs_.size() > options_.max_packs) packs_.erase(std::prev(packs_.end()));
   for (const std::string& path : manifests_) {
     VMSNAP_CHECK(count(path));

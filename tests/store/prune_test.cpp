@@ -1,5 +1,8 @@
 #include "formats/store/prune.h"
 
+#include <sys/resource.h>
+
+#include <csignal>
 #include <filesystem>
 
 #include "formats/store/recorded_working_set.h"
@@ -152,6 +155,51 @@ class Repacking : public Pruning, public ::testing::WithParamInterface<bool> {
     ASSERT_TRUE(remove_snapshot(*store, ids_[0]));
   }
 
+  // One snapshot that needs an eighth of each of two packs, and one that is dead.
+  void two_packs_and_a_dead_one() {
+    const auto store = open();
+    std::vector<std::string> gone;
+    for (const uint64_t number : {0, 10'000, 20'000}) {
+      gone.push_back(write(*store, texts(number, 400)).id);
+    }
+    second_ = texts(30'000, 400);
+    for (size_t i = 0; i < second_.size(); i += 8) {
+      second_[i] = text_page(i);
+      second_[i + 1] = text_page(10'000 + i);
+    }
+    ids_ = {write(*store, second_).id};
+    const auto reader = store->open_snapshot(ids_[0]).value();
+    last_of_first_ = reader->location(392).value();
+    for (const std::string& id : gone) ASSERT_TRUE(remove_snapshot(*store, id));
+  }
+
+  // Where the first of these packs is, of which page 392 is the last one.
+  std::string first_pack() {
+    return StorePaths{options_.directory}.pack(last_of_first_.file);
+  }
+
+  // As a prune that cannot read the first pack leaves it.
+  void expect_all_but_the_first_pack_went() {
+    const PageLocation stays = last_of_first_;
+    const PruneReport report = run();
+    EXPECT_EQ(report.repacked.packs, 1u);
+    EXPECT_EQ(report.repacked.manifests, 1u);
+    EXPECT_EQ(report.packs_deleted, 2u);  // the dead one, and the one that was moved
+    const auto store = open();
+    EXPECT_EQ(files_in(store->paths().packs()), 3u);
+    EXPECT_EQ(files_in(store->paths().temporary()), 0u);
+    const auto reader = store->open_snapshot(ids_[0]).value();
+    EXPECT_EQ(reader->location(0).value().file, stays.file);
+    EXPECT_NE(reader->location(1).value().file, stays.file);
+    for (size_t i = 0; i < second_.size(); ++i) {
+      PageBytes page;
+      const auto kind = reader->read_page(i, page);
+      if (i != 392) ASSERT_TRUE(kind) << kind.error().message();
+      if (kind) EXPECT_EQ(page, second_[i]) << "page " << i;
+    }
+  }
+
+  PageLocation last_of_first_;
   std::vector<PageBytes> first_, second_;
   std::vector<std::string> ids_;
   std::string other_;
@@ -200,6 +248,67 @@ TEST_P(Repacking, LeavesAloneWhatItIsToldTo) {
   const auto reader = store->open_snapshot(ids_[1]).value();
   EXPECT_EQ(run().repacked.packs, 0u);
   expect_pages(*store, ids_[1], second_);
+}
+
+TEST_P(Repacking, LeavesAPackWithADamagedFrame) {
+  two_packs_and_a_dead_one();
+  auto bytes = read_file(first_pack());
+  bytes[last_of_first_.offset + 30] ^= std::byte{1};
+  write_file(first_pack(), bytes);
+  expect_all_but_the_first_pack_went();
+  EXPECT_EQ(verify_store(*open(), {})->damaged_packs.size(), 1u);
+}
+
+TEST_P(Repacking, LeavesAPackThatCannotBeOpened) {
+  two_packs_and_a_dead_one();
+  auto bytes = read_file(first_pack());
+  bytes[bytes.size() - 1] ^= std::byte{1};  // its trailer's checksum
+  write_file(first_pack(), bytes);
+  expect_all_but_the_first_pack_went();
+}
+
+TEST_P(Repacking, LeavesAPackInQuarantine) {
+  two_packs_and_a_dead_one();
+  const StorePaths paths = {options_.directory};
+  std::filesystem::rename(first_pack(), paths.quarantine() + "/" + id_text(last_of_first_.file));
+  const PruneReport report = run();
+  EXPECT_EQ(report.repacked.packs, 1u);
+  EXPECT_EQ(report.packs_deleted, 2u);
+  expect_pages(*open(), ids_[0], second_);
+}
+
+// Also if what is lost of it is nowhere.
+TEST_P(Repacking, LeavesAPackThatIsMissing) {
+  two_packs_and_a_dead_one();
+  std::filesystem::remove(first_pack());
+  const PruneReport report = run();
+  EXPECT_EQ(report.repacked.packs, 1u);
+  EXPECT_EQ(report.packs_deleted, 2u);
+  PageBytes page;
+  const auto store = open();
+  const auto reader = store->open_snapshot(ids_[0]).value();
+  EXPECT_FALSE(reader->read_page(0, page));
+  EXPECT_TRUE(reader->read_page(1, page));
+}
+
+// A limit for files is as good as a full disk: both are ErrorCode::no_space.
+TEST_P(Repacking, WithoutSpaceFreesWhatIsDead) {
+  two_packs_and_a_dead_one();
+  const auto before = std::signal(SIGXFSZ, SIG_IGN);
+  rlimit old = {};
+  ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &old), 0);
+  const rlimit small = {.rlim_cur = layout::block_size, .rlim_max = old.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0);
+  const auto full = prune(*open(), {});
+  ::setrlimit(RLIMIT_FSIZE, &old);
+  std::signal(SIGXFSZ, before);
+  ASSERT_TRUE(full) << full.error().message();
+  EXPECT_EQ(full->packs_deleted, 1u);
+  EXPECT_EQ(full->repacked.packs, 0u);
+  EXPECT_EQ(files_in(StorePaths{options_.directory}.temporary()), 0u);
+  expect_pages(*open(), ids_[0], second_);
+  EXPECT_EQ(run().packs_deleted, 2u);
+  expect_pages(*open(), ids_[0], second_);
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, Repacking, ::testing::Bool(),
