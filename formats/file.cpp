@@ -76,6 +76,13 @@ Result<bool> lock_whole_file(int fd, const std::string& name) {
   return fail_errno(errno, "cannot lock {}", name);
 }
 
+void unlock_whole_file(int fd) {
+  struct flock lock = {};
+  lock.l_type = F_UNLCK;
+  lock.l_whence = SEEK_SET;
+  ::fcntl(fd, F_OFD_SETLK, &lock);
+}
+
 Status write_all(int fd, std::span<const std::byte> bytes, const std::string& name) {
   while (!bytes.empty()) {
     const ssize_t put = ::write(fd, bytes.data(), bytes.size());
@@ -234,6 +241,9 @@ Status AtomicFile::publish() {
   }
   if (renamed < 0 && errno == EEXIST) return exists_already(path_);
   if (renamed < 0) return fail_errno(errno, "cannot rename {} to {}", temporary_path_, path_);
+  // It said that the writer of a hidden file lives. Now it would keep out those
+  // who lock what they read.
+  unlock_whole_file(fd_.get());
   temporary_path_.clear();
   return {};
 }

@@ -54,6 +54,7 @@ Status write_all(int fd, std::span<const std::byte> bytes, const std::string& na
 // file, without waiting; it goes with the last copy of the descriptor. False:
 // somebody has it.
 Result<bool> lock_whole_file(int fd, const std::string& name);
+void unlock_whole_file(int fd);
 
 // A whole small file (a /proc entry, a configuration file); more than `limit`
 // bytes is an error.

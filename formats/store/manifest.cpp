@@ -101,11 +101,18 @@ Result<std::string> resolve_snapshot(const Store& store, Where where, const std:
 }
 
 bool manifest_in_use(const std::string& path) {
-  const Fd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC));
+  const Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   struct flock lock = {};
   lock.l_type = F_WRLCK;
   lock.l_whence = SEEK_SET;
-  return fd && ::fcntl(fd.get(), F_OFD_SETLK, &lock) < 0;
+  // Where nobody can be asked, somebody may be there.
+  return fd && (::fcntl(fd.get(), F_OFD_GETLK, &lock) < 0 || lock.l_type != F_UNLCK);
+}
+
+Fd claim_manifest(const std::string& path) {
+  Fd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC));
+  const bool locked = fd && lock_whole_file(fd.get(), path).value_or(false);
+  return locked ? std::move(fd) : Fd();
 }
 
 Status visit_entries(const ImageFile& manifest, const VisitEntry& visit) {

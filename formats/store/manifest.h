@@ -44,8 +44,14 @@ Result<std::string> resolve_snapshot(const Store& store, Where where, const std:
 // Ids (names of manifests), in no order.
 Result<std::vector<std::string>> manifest_ids(const std::string& directory);
 
-// Whether somebody has the snapshot open: a VM that is restored from it.
+// Whether somebody has the snapshot open: a VM that is restored from it. Takes
+// no lock, so that nobody who opens it meanwhile is in the way, or is put off.
 bool manifest_in_use(const std::string& path);
+
+// For who replaces a manifest or deletes it: as long as the descriptor lives,
+// Store::open_snapshot() waits, and then looks again at what is there. None if
+// somebody has it open, or it is gone.
+Fd claim_manifest(const std::string& path);
 
 // Every page entry of a manifest that is not 0, in page order.
 using VisitEntry = std::function<Status(uint64_t page, uint64_t entry)>;

@@ -151,17 +151,16 @@ Status Pruner::decide() {
 Status Pruner::delete_from_trash() {
   for (const std::string& id : VMSNAP_TRY(manifest_ids(paths_.trash()))) {
     const std::string path = paths_.in_trash(id);
-    if (manifest_in_use(path)) {
+    const uint64_t bytes = size_of(path);
+    const StoreLock lock = VMSNAP_TRY(StoreLock::commit(paths_));
+    std::error_code error;
+    if (!fs::exists(path, error)) continue;  // it was taken back
+    const Fd claim = claim_manifest(path);
+    if (!claim) {
       ++report_.in_use;
       continue;
     }
-    const uint64_t bytes = size_of(path);
-    const StoreLock lock = VMSNAP_TRY(StoreLock::commit(paths_));
-    // Else it was taken back in between.
-    if (::unlink(path.c_str()) < 0) {
-      if (errno != ENOENT) return fail_errno(errno, "cannot remove {}", path);
-      continue;
-    }
+    if (::unlink(path.c_str()) < 0) return fail_errno(errno, "cannot remove {}", path);
     VMSNAP_TEST_POINT("prune.manifest_deleted");
     ++report_.deleted;
     report_.freed_bytes += bytes;

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <filesystem>
 #include <unordered_map>
 
 #include "formats/append_file.h"
@@ -225,8 +224,8 @@ Status DomainRepack::publish(RepackReport& report) {
   for (Manifest& manifest : manifests_) {
     // Removed meanwhile, or somebody began to restore it: it stays as it is, and
     // so do its packs.
-    std::error_code error;
-    if (!std::filesystem::exists(manifest.path, error) || manifest_in_use(manifest.path)) continue;
+    const Fd claim = claim_manifest(manifest.path);
+    if (!claim) continue;
     VMSNAP_CHECK(manifest.file.publish());
     VMSNAP_TEST_POINT("repack.manifest_renamed");
     ++report.manifests;

@@ -5,13 +5,16 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <filesystem>
 #include <system_error>
+#include <thread>
 
 #include "formats/digest.h"
 #include "formats/checksum.h"
 #include "formats/damage.h"
 #include "formats/image_tail.h"
+#include "formats/interrupt.h"
 #include "formats/key_slots.h"
 #include "formats/sealed_file.h"
 #include "formats/store/pack_set.h"
@@ -35,13 +38,44 @@ class HeldPacks : public PackSet {
   const Fd held_;
 };
 
-Status lock_shared(const Fd& fd, const std::string& path) {
+// False: prune has it for a moment (claim_manifest).
+Result<bool> lock_shared(const Fd& fd, const std::string& path) {
   struct flock lock = {};
   lock.l_type = F_RDLCK;
   lock.l_whence = SEEK_SET;
-  if (::fcntl(fd.get(), F_OFD_SETLK, &lock) == 0) return {};
+  if (::fcntl(fd.get(), F_OFD_SETLK, &lock) == 0) return true;
+  if (errno == EAGAIN || errno == EACCES) return false;
   return fail_errno(errno, "cannot lock {}", path);
 }
+
+bool is_at(const Fd& fd, const std::string& path) {
+  struct stat open_file, at_path;
+  return ::fstat(fd.get(), &open_file) == 0 && ::stat(path.c_str(), &at_path) == 0 &&
+         open_file.st_dev == at_path.st_dev && open_file.st_ino == at_path.st_ino;
+}
+
+struct HeldManifest {
+  Fd fd;
+  ImageFile file;
+};
+
+// None if it is just being replaced, deleted, or moved to the trash and back: to
+// be tried again. The manifest that is locked must be the one that is read, and
+// is one that prune leaves alone only while it has its name.
+Result<std::optional<HeldManifest>> hold_manifest(const Store& store, const std::string& path) {
+  const auto is_gone = [](const auto& opened) {
+    return !opened && opened.error().os_errno() == ENOENT;
+  };
+  auto fd = open_file(path, O_RDONLY | O_NONBLOCK);
+  if (is_gone(fd)) return std::nullopt;
+  VMSNAP_CHECK(fd);
+  if (!VMSNAP_TRY(lock_shared(*fd, path)) || !is_at(*fd, path)) return std::nullopt;
+  auto manifest = store.open_manifest(path);
+  if (is_gone(manifest)) return std::nullopt;
+  return HeldManifest{std::move(*fd), VMSNAP_TRY(std::move(manifest))};
+}
+
+constexpr std::chrono::milliseconds hold_again{1};
 
 Status make_directory(const std::string& path) {
   if (::mkdir(path.c_str(), 0700) == 0 || errno == EEXIST) return {};
@@ -137,18 +171,26 @@ Result<ImageFile> Store::open_manifest(const std::string& path) const {
 
 Result<std::unique_ptr<ImageReader>> Store::open_snapshot(
     const std::string& id, std::shared_ptr<const Store> keep) const {
-  std::string path = paths_.snapshot(id);
   // A VM may have been restored from it, and go on, when it was removed.
-  if (::access(path.c_str(), F_OK) != 0) path = paths_.in_trash(id);
-  Fd held = VMSNAP_TRY(open_file(path, O_RDONLY | O_NONBLOCK));
-  VMSNAP_CHECK(lock_shared(held, path));
-  ImageFile manifest = VMSNAP_TRY(open_manifest(path));
-  if (id_text(manifest.header().id) != id) {
+  const auto is_in_trash = [&] { return ::access(paths_.snapshot(id).c_str(), F_OK) != 0; };
+  std::string path;
+  std::optional<HeldManifest> held;
+  for (;;) {
+    path = is_in_trash() ? paths_.in_trash(id) : paths_.snapshot(id);
+    held = VMSNAP_TRY(hold_manifest(*this, path));
+    if (held) break;
+    if (is_in_trash() && ::access(paths_.in_trash(id).c_str(), F_OK) != 0) {
+      return fail_errno(ENOENT, "cannot open {}", path);
+    }
+    VMSNAP_CHECK(check_interrupted());
+    std::this_thread::sleep_for(hold_again);
+  }
+  if (id_text(held->file.header().id) != id) {
     return damaged(path, "it is another snapshot than its name says");
   }
-  auto packs = std::make_unique<HeldPacks>(*this, std::move(held), std::move(keep));
-  packs->add_rows(VMSNAP_TRY(manifest.read_packs()));
-  return ImageReader::open(std::move(manifest), std::move(packs));
+  auto packs = std::make_unique<HeldPacks>(*this, std::move(held->fd), std::move(keep));
+  packs->add_rows(VMSNAP_TRY(held->file.read_packs()));
+  return ImageReader::open(std::move(held->file), std::move(packs));
 }
 
 }  // namespace vmsnap
