@@ -1,12 +1,26 @@
 #include "formats/image_info.h"
 
 #include <algorithm>
+#include <string_view>
 
 namespace vmsnap {
 
 std::string vm_name(const ImageInfo& info) {
   const auto name = info.source.find("name");
   return name != info.source.end() && name->is_string() ? name->get<std::string>() : std::string();
+}
+
+namespace {
+constexpr std::string_view backup_prefix = "backup:";
+}
+
+std::string backup_tag(const std::string& name) { return std::string(backup_prefix) + name; }
+
+std::string backup_name(const std::vector<std::string>& tags) {
+  for (auto tag = tags.rbegin(); tag != tags.rend(); ++tag) {
+    if (tag->starts_with(backup_prefix)) return tag->substr(backup_prefix.size());
+  }
+  return {};
 }
 
 uint64_t total_pages(const std::vector<Region>& regions) {

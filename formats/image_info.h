@@ -37,6 +37,12 @@ struct ImageInfo {
 // What the snapshot is of, as its source's "name" says; empty if it has none.
 std::string vm_name(const ImageInfo& info);
 
+// What `vmsnap backup` calls a VM is a tag of its snapshots: the VM's own name
+// need be neither there nor the only one. Without such a tag the name is empty;
+// of several the last counts.
+std::string backup_tag(const std::string& name);
+std::string backup_name(const std::vector<std::string>& tags);
+
 // Sum of all region lengths / page_size.
 uint64_t total_pages(const std::vector<Region>& regions);
 

@@ -18,9 +18,6 @@ namespace {
 
 using Event = nlohmann::ordered_json;
 
-// By which a later run finds the snapshots of a VM that does not answer.
-std::string label_tag(const BackupVm& vm) { return "backup:" + vm.name; }
-
 StoreOptions store_options(const BackupConfig& config) {
   StoreOptions options = {.directory = config.store, .key = {}};
   if (!config.key_file.empty()) options.key.key_file = config.key_file;
@@ -68,7 +65,9 @@ Status BackupRun::snapshot(const BackupVm& vm) {
   options.store = store_options(config_);
   options.dedup_domain = vm.dedup_domain;
   options.tags = vm.tags;
-  options.tags.push_back(label_tag(vm));
+  // By which a later run finds the snapshots of a VM that does not answer, and
+  // prune those of a VM whose QEMU has no name, or that of another.
+  options.tags.push_back(backup_tag(vm.name));
   options.without_disks = vm.without_disks;
   options.pause_command = vm.pause_command;
   options.pause_command_limit = vm.pause_command_limit;
@@ -136,7 +135,7 @@ Status BackupRun::check_ages() {
     const int64_t oldest = now - std::chrono::milliseconds(*vm.max_age).count();
     const bool fresh = std::ranges::any_of(list.snapshots, [&](const SnapshotEntry& entry) {
       return entry.info.created_unix_ms >= oldest &&
-             std::ranges::find(entry.info.tags, label_tag(vm)) != entry.info.tags.end();
+             backup_name(entry.info.tags) == vm.name;
     });
     if (fresh) continue;
     print({{"event", "stale"}, {"vm", vm.name}});

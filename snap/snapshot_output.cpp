@@ -50,7 +50,10 @@ class StoreOutput : public SnapshotOutput {
     output->store_ = VMSNAP_TRY(Store::open_or_create(options.store));
     output->writer_ = VMSNAP_TRY(StoreWriter::begin(
         *output->store_, regions,
-        {.vm = vm, .domain = options.dedup_domain, .image = writer_options(options)}));
+        {.backup_name = backup_name(options.tags),
+         .vm = vm,
+         .domain = options.dedup_domain,
+         .image = writer_options(options)}));
     return output;
   }
 

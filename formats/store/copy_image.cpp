@@ -84,7 +84,10 @@ Result<Imported> import_image(const Store& store, const ImageReader& image,
   for (const std::string& tag : tags) info.tags.push_back(tag);
   const auto writer = VMSNAP_TRY(StoreWriter::begin(
       store, info.regions,
-      {.vm = vm_name(info), .domain = domain, .image = {.deltas = deltas}}));
+      {.backup_name = backup_name(info.tags),
+       .vm = vm_name(info),
+       .domain = domain,
+       .image = {.deltas = deltas}}));
   VMSNAP_CHECK(copy_pages(image, writer->image()));
   const auto committed = VMSNAP_TRY(writer->commit(info, VMSNAP_TRY(image.device_state()),
                                                    VMSNAP_TRY(image.working_set())));

@@ -49,7 +49,7 @@ CLI::Option* add_image_argument(CLI::App& command, ImageArgument& argument) {
       "FILE", argument.name,
       "The image; with --store a snapshot: its id, the beginning of it, or 'latest'");
   CLI::Option* store = add_store_option(command, argument.store);
-  command.add_option("--vm", argument.vm, "With 'latest': of the VM with this name")
+  command.add_option("--vm", argument.vm, "With 'latest': of the VM with this name, or that backup calls so")
       ->type_name("NAME")
       ->needs(store);
   return option;

@@ -85,7 +85,7 @@ Result<std::string> resolve_snapshot(const Store& store, Where where, const std:
   if (text == "latest") {
     SnapshotList list = VMSNAP_TRY(list_snapshots(store, where));
     for (auto entry = list.snapshots.rbegin(); entry != list.snapshots.rend(); ++entry) {
-      if (vm.empty() || entry->vm() == vm) return entry->id;
+      if (vm.empty() || entry->is_of(vm)) return entry->id;
     }
     // The newest may be the one that cannot be read.
     if (!list.unreadable.empty()) return tl::unexpected(list.unreadable.front());

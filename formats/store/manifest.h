@@ -22,6 +22,13 @@ struct SnapshotEntry {
   uint64_t manifest_bytes = 0;
 
   std::string vm() const { return vm_name(info); }
+  // Those of one group are kept and removed together, and follow each other:
+  // what a backup calls the VM, or its own name.
+  std::string group() const {
+    const std::string name = backup_name(info.tags);
+    return name.empty() ? vm() : name;
+  }
+  bool is_of(const std::string& name) const { return name == vm() || name == group(); }
 };
 
 struct SnapshotList {
@@ -36,7 +43,8 @@ enum class Where { snapshots, trash };
 Result<SnapshotList> list_snapshots(const Store& store, Where where);
 
 // The full id of a snapshot that a user names: by its id, the beginning of it
-// that no other snapshot has, or "latest" (of `vm` if that is not empty).
+// that no other snapshot has, or "latest" (of `vm`, as is_of() has it, if that is
+// not empty).
 // ErrorCode::usage if there is none, or more than one.
 Result<std::string> resolve_snapshot(const Store& store, Where where, const std::string& text,
                                      const std::string& vm = {});

@@ -133,9 +133,15 @@ Status Pruner::decide() {
   }
   std::vector<RetentionItem> items;
   for (const SnapshotEntry& entry : snapshots_.snapshots) {
-    if (!options_.vm.empty() && entry.vm() != options_.vm) continue;
-    items.push_back({entry.id, entry.vm(), entry.info.created_unix_ms, entry.info.tags});
+    if (!options_.vm.empty() && !entry.is_of(options_.vm)) continue;
+    items.push_back({entry.id, entry.group(), entry.info.created_unix_ms, entry.info.tags});
     report_.decisions.push_back({entry, {}});
+  }
+  if (items.empty() && !options_.vm.empty()) {
+    return tl::unexpected(
+        Error(ErrorCode::usage,
+              fmt::format("there is no snapshot of VM '{}' in the store {}", options_.vm, paths_.root))
+            .with_remedy("'vmsnap list --store " + paths_.root + "' shows what there is."));
   }
   const auto decisions = VMSNAP_TRY(apply_keep_rule(items, *options_.keep, options_.now_unix_ms));
   report_.kept = snapshots_.snapshots.size();

@@ -26,7 +26,7 @@ Status undelete_snapshot(const Store& store, const std::string& id);
 
 struct PruneOptions {
   std::optional<KeepRule> keep;  // which snapshots stay; none: all of them
-  std::string vm;                // only its snapshots; empty: all
+  std::string vm;                // only its snapshots, SnapshotEntry::is_of(); empty: all
   bool dry_run = false;
   bool empty_trash = false;      // also of what this run puts there
   std::chrono::milliseconds lock_wait{0};
@@ -52,8 +52,8 @@ struct PruneReport {
 };
 
 // ErrorCode::locked if another prune or repair is at work for longer than
-// lock_wait; ErrorCode::damaged, with nothing done, if a manifest cannot be
-// read: it is not known then which packs it needs. Where there is no room to repack,
+// lock_wait; ErrorCode::usage if there is no snapshot of `vm`;
+// ErrorCode::damaged, with nothing done, if a manifest cannot be read: it is not known then which packs it needs. Where there is no room to repack,
 // that is a warning; what else fails of it is the error of a prune that has
 // freed what was dead.
 Result<PruneReport> prune(Store& store, const PruneOptions& options);

@@ -65,7 +65,7 @@ Status list(CommandContext& context, const ListOptions& options) {
   SnapshotList all =
       VMSNAP_TRY(list_snapshots(*store, options.trash ? Where::trash : Where::snapshots));
   std::erase_if(all.snapshots, [&](const SnapshotEntry& entry) {
-    return (!options.vm.empty() && entry.vm() != options.vm) || !has_tag(entry, options.tag);
+    return (!options.vm.empty() && !entry.is_of(options.vm)) || !has_tag(entry, options.tag);
   });
   if (options.json) {
     OrderedJson array = OrderedJson::array();
@@ -93,7 +93,7 @@ void add_list(CLI::App& app, CommandContext& context) {
   const auto options = std::make_shared<ListOptions>();
   CLI::App* command = app.add_subcommand("list", "List the snapshots in a store");
   add_store_option(*command, options->store)->required();
-  command->add_option("--vm", options->vm, "Only of the VM with this name")->type_name("NAME");
+  command->add_option("--vm", options->vm, "Only of the VM with this name, or that backup calls so")->type_name("NAME");
   command->add_option("--tag", options->tag, "Only with this tag")->type_name("TAG");
   command->add_option("--max-age", options->max_age,
                       "Exit with status 13 if the newest one listed is older, such as 26h")

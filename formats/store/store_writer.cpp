@@ -25,18 +25,27 @@ uint64_t pack_bytes_for(const std::vector<Region>& regions) {
 }
 
 // The newest snapshot of the same VM and domain that can be read.
-ParentSnapshot find_parent(const Store& store, const std::string& vm, const std::string& domain) {
+ParentSnapshot find_parent(const Store& store, const StoreWriter::Options& options) {
   const auto list = list_snapshots(store, Where::snapshots);
   if (!list) return {};
-  for (auto entry = list->snapshots.rbegin(); entry != list->snapshots.rend(); ++entry) {
-    if (entry->vm() != vm || entry->info.domain != domain) continue;
-    auto packs = [&]() -> Result<std::vector<layout::PackRow>> {
-      return VMSNAP_TRY(store.open_manifest(entry->path)).read_packs();
-    }();
-    auto reader = store.open_snapshot(entry->id);
-    if (packs && reader) return {std::move(*reader), std::move(*packs)};
+  const auto newest = [&](const auto& is_before) -> ParentSnapshot {
+    for (auto entry = list->snapshots.rbegin(); entry != list->snapshots.rend(); ++entry) {
+      if (entry->info.domain != options.domain || !is_before(*entry)) continue;
+      auto packs = [&]() -> Result<std::vector<layout::PackRow>> {
+        return VMSNAP_TRY(store.open_manifest(entry->path)).read_packs();
+      }();
+      auto reader = store.open_snapshot(entry->id);
+      if (packs && reader) return {std::move(*reader), std::move(*packs)};
+    }
+    return {};
+  };
+  if (!options.backup_name.empty()) {
+    ParentSnapshot parent = newest([&](const SnapshotEntry& entry) {
+      return backup_name(entry.info.tags) == options.backup_name;
+    });
+    if (parent.reader) return parent;
   }
-  return {};
+  return newest([&](const SnapshotEntry& entry) { return entry.vm() == options.vm; });
 }
 
 }  // namespace
@@ -58,7 +67,7 @@ Result<std::unique_ptr<StoreWriter>> StoreWriter::begin(const Store& store,
   writer->sink_ = std::make_unique<PackSink>(store.paths(), writer->packs_, pack_bytes,
                                              o.image.deltas, store.master());
   writer->known_ = VMSNAP_TRY(KnownSnapshots::create(
-      store, writer->packs_, find_parent(store, o.vm, o.domain),
+      store, writer->packs_, find_parent(store, o),
       ContentIndex::open(store.paths(), store.index_name(o.domain)), regions));
 
   // The id is known only when the image is; the name comes with it.

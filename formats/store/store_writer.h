@@ -19,7 +19,10 @@ namespace vmsnap {
 class StoreWriter {
  public:
   struct Options {
-    std::string vm;                // whose snapshot before is looked at first
+    // Whose snapshot before is looked at first: what a backup calls the VM, or
+    // if there is none of that, of the VM's own name.
+    std::string backup_name;
+    std::string vm;
     std::string domain;            // pages are shared only within one
     ImageWriterOptions image;      // its hash is set here, unless a test has set one
     uint64_t pack_bytes = 0;       // 0: by the size of the VM

@@ -42,6 +42,7 @@ OrderedJson prune_json(const PruneReport& report) {
   for (const auto& [snapshot, decision] : report.decisions) {
     decisions.push_back({{"id", snapshot.id},
                          {"vm", snapshot.vm()},
+                         {"group", snapshot.group()},
                          {"created_unix_ms", snapshot.info.created_unix_ms},
                          {"keep", decision.keep},
                          {"reasons", decision.reasons}});
@@ -64,7 +65,7 @@ void prune_text(const PruneReport& report, const PruneOptions& options, std::ost
   for (const auto& [snapshot, decision] : report.decisions) {
     out << fmt::format("{} {} {} {}{}\n", decision.keep ? "keep  " : "remove",
                        snapshot.id.substr(0, 12), utc_text(snapshot.info.created_unix_ms),
-                       printable(snapshot.vm()),
+                       printable(snapshot.group()),
                        decision.keep ? fmt::format(": {}", fmt::join(decision.reasons, ", ")) : "");
   }
   if (options.dry_run) {
@@ -116,7 +117,7 @@ void add_prune(CLI::App& app, CommandContext& context) {
       app.add_subcommand("prune", "Remove old snapshots by rules, and free what nobody needs");
   add_store_option(*command, arguments->store)->required();
   add_keep_options(*command, arguments->keep);
-  command->add_option("--vm", arguments->options.vm, "Only snapshots of the VM with this name")
+  command->add_option("--vm", arguments->options.vm, "Only snapshots of the VM with this name, or that backup calls so")
       ->type_name("NAME");
   command->add_flag("-n,--dry-run", arguments->options.dry_run,
                     "Say what would be kept and why, and do nothing");

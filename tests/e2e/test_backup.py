@@ -42,6 +42,31 @@ def test_two_vms_night_after_night(world):
     run(world, config, "ok", arguments=["--check"])
 
 
+def test_vms_of_the_same_name_and_of_none(world):
+    """QEMU's own names say nothing of who is who: those of the configuration do."""
+    same = [victims.OrderedGuest(world, extra=["-name", "guest"]) for _ in range(2)]
+    store = world.path("store")
+
+    def night():
+        nameless = victims.OrderedGuest(world)  # a new process, and so a new qemu-PID
+        config = write_config(world, store, [guest.qmp_socket for guest in (*same, nameless)],
+                              'sample = "0%"\n[keep]\nlast = 1\n')
+        events = run(world, config, "ok")
+        nameless.kill()
+        return events[-2]
+
+    assert night()["removed"] == 0
+    assert night()["removed"] == 3
+    entries = world.vmsnap("list", "--store", store, "--json").expect("ok").json
+    assert sorted(entry["tags"] for entry in entries) == [["backup:vm0"], ["backup:vm1"],
+                                                          ["backup:vm2"]]
+    prune = ["prune", "--store", store, "--keep-last", "1", "--dry-run", "--json"]
+    assert world.vmsnap(*prune).expect("ok").json["removed"] == 0
+    one = world.vmsnap(*prune, "--vm", "vm2").expect("ok").json["decisions"]
+    assert [decision["group"] for decision in one] == ["vm2"]
+    world.vmsnap(*prune, "--vm", "vm3").expect("usage")
+
+
 def test_one_of_them_fails(world):
     guest = victims.OrderedGuest(world)
     store = world.path("store")

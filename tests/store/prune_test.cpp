@@ -4,6 +4,7 @@
 
 #include <csignal>
 #include <filesystem>
+#include <set>
 
 #include "formats/store/recorded_working_set.h"
 #include "formats/store/store_verify.h"
@@ -110,6 +111,44 @@ TEST_F(Pruning, KeepsByRuleAndSaysWhy) {
   EXPECT_EQ(list_snapshots(*store, Where::snapshots)->snapshots.size(), 2u);
   ASSERT_TRUE(undelete_snapshot(*store, ids[0]));
   expect_pages(*store, ids[0], texts(0, 3));
+}
+
+// Two VMs whose QEMUs have the same name, and one whose QEMU has none and so is
+// called by its process: what a backup calls them keeps them apart, and together.
+TEST_F(Pruning, KeepsEachByWhatABackupCallsIt) {
+  const auto store = open();
+  for (int64_t day = 0; day < 2; ++day) {
+    const int64_t at = 1'700'000'000'000 + day * 86'400'000;
+    for (const char* name : {"web", "db"}) {
+      write(*store, texts(0, 3), {.backup_name = name, .vm = "guest"}, at);
+    }
+    write(*store, texts(0, 3), {.backup_name = "mail", .vm = fmt::format("qemu-{}", day)}, at);
+    write(*store, texts(0, 3), {.vm = "byhand"}, at);
+  }
+  PruneOptions options;
+  options.keep.emplace().last = 1;
+  options.dry_run = true;
+  EXPECT_EQ(run(options).removed, 4u);
+  options.vm = "mail";
+  EXPECT_EQ(run(options).removed, 1u);
+  options.vm = "guest";  // both of them, each by itself
+  EXPECT_EQ(run(options).removed, 2u);
+  options.vm = "qemu-0";
+  EXPECT_EQ(run(options).removed, 0u);
+  options.vm = "typo";
+  const auto none = prune(*open(), options);
+  ASSERT_FALSE(none);
+  EXPECT_EQ(none.error().code(), ErrorCode::usage);
+  options.vm = "";
+  options.dry_run = false;
+  EXPECT_EQ(run(options).removed, 4u);
+  std::set<std::string> left;
+  const SnapshotList list = list_snapshots(*store, Where::snapshots).value();
+  for (const SnapshotEntry& entry : list.snapshots) {
+    EXPECT_EQ(entry.info.created_unix_ms, 1'700'086'400'000);
+    left.insert(entry.group());
+  }
+  EXPECT_EQ(left, (std::set<std::string>{"byhand", "db", "mail", "web"}));
 }
 
 // Else packs of a snapshot that can still be mended would go.

@@ -157,6 +157,19 @@ TEST_F(SnapshotsInAStore, DoNotNeedTheIndex) {
   EXPECT_EQ(write(*store, pages, {.vm = "third"}).counts.stored, 0u);
 }
 
+// Also where the VM has another name each time, as one without has.
+TEST_F(SnapshotsInAStore, FollowThoseThatABackupCallsTheSame) {
+  const auto store = open();
+  const std::vector<PageBytes> pages = texts(0, 50);
+  write(*store, pages, {.backup_name = "web", .vm = "qemu-1"});
+  std::filesystem::remove_all(store->paths().index());
+  std::filesystem::create_directory(store->paths().index());
+  EXPECT_EQ(write(*store, pages, {.backup_name = "web", .vm = "qemu-2"}).counts.stored, 0u);
+  std::filesystem::remove_all(store->paths().index());
+  std::filesystem::create_directory(store->paths().index());
+  EXPECT_EQ(write(*store, pages, {.backup_name = "new", .vm = "qemu-2"}).counts.stored, 0u);
+}
+
 // Its frames are elsewhere: that is no damage.
 TEST_F(SnapshotsInAStore, AreNoImageFiles) {
   const auto store = open();

@@ -43,6 +43,7 @@ class StoreTest : public testing::Test {
     ImageInfo info = info_of({pages.size()});
     info.created_unix_ms = created_unix_ms;
     info.source["name"] = options.vm;
+    if (!options.backup_name.empty()) info.tags = {backup_tag(options.backup_name)};
     auto writer = StoreWriter::begin(store, info.regions, options).value();
     ImageWriter::Encoder encoder;
     std::vector<uint64_t> numbers(pages.size());
