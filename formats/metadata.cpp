@@ -6,6 +6,7 @@
 
 #include "formats/damage.h"
 #include "formats/image_layout.h"
+#include "formats/text.h"
 
 namespace vmsnap {
 
@@ -26,6 +27,13 @@ bool has_control_character(std::string_view utf8) {
 
 bool proper_tag(const std::string& text) {
   return text.size() <= max_tag_bytes && !has_control_character(text);
+}
+
+// As encode_metadata() writes it: what is not UTF-8 becomes longer.
+std::string as_written(const std::string& text) {
+  const std::string json =
+      nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+  return nlohmann::json::parse(json).get<std::string>();
 }
 
 // Why `info` breaks a rule, or an empty string. Numbers regions' first pages.
@@ -152,6 +160,26 @@ std::string read_document(nlohmann::json& document, ImageInfo& info) {
 }
 
 }  // namespace
+
+Status check_tags(const std::vector<std::string>& tags, const std::string& domain) {
+  const auto wrong = [](std::string message, const char* remedy) {
+    return tl::unexpected(Error(ErrorCode::usage, std::move(message)).with_remedy(remedy));
+  };
+  if (tags.size() > max_tags) {
+    return wrong(fmt::format("{} tags are more than the {} that an image can have", tags.size(), max_tags),
+                 "Give fewer.");
+  }
+  for (const std::string& tag : tags) {
+    if (!tag.empty() && proper_tag(as_written(tag))) continue;
+    return wrong(fmt::format("the tag '{}' is empty, longer than {} bytes, or has a control character",
+                             printable(tag.substr(0, 40)), max_tag_bytes),
+                 "Give another one.");
+  }
+  if (proper_tag(as_written(domain))) return {};
+  return wrong(fmt::format("the dedup domain '{}' is longer than {} bytes, or has a control character",
+                           printable(domain.substr(0, 40)), max_tag_bytes),
+               "Give another name.");
+}
 
 Result<std::string> encode_metadata(const ImageInfo& info, uint64_t page_count,
                                     const std::string& name) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "formats/error.h"
 #include "formats/image_info.h"
@@ -17,6 +18,10 @@ inline constexpr size_t max_tags = 64;
 inline constexpr size_t max_tag_bytes = 255;  // also of a domain
 inline constexpr size_t max_metadata_nesting = 64;                   // arrays and objects
 inline constexpr int64_t max_created_unix_ms = 253'402'300'799'999;  // the end of the year 9999
+
+// ErrorCode::usage for tags, or a domain, that an image cannot have: asked before
+// one is made, of what the user gave.
+Status check_tags(const std::vector<std::string>& tags, const std::string& domain);
 
 // Refuses what decode_metadata() would. What is not UTF-8 in a text becomes
 // U+FFFD. `name` is the image's file, for errors.

@@ -2,6 +2,8 @@
 
 #include <memory>
 
+#include "formats/metadata.h"
+
 namespace vmsnap {
 
 namespace {
@@ -11,6 +13,7 @@ Status run_park(const ParkOptions& options, const TakeParkImage& take_image,
   if (options.image.output.empty() && options.image.store.directory.empty()) {
     return fail(ErrorCode::usage, "give --output FILE or --store DIR");
   }
+  VMSNAP_CHECK(check_tags(options.image.tags, options.image.dedup_domain));
   if (options.image.store.key.passphrase_fd) {
     return tl::unexpected(
         Error(ErrorCode::usage, "--passphrase-fd can be read once, and park opens the store twice")

@@ -6,6 +6,8 @@
 #include <set>
 
 #include "formats/file.h"
+#include "formats/image_info.h"
+#include "formats/metadata.h"
 #include "formats/size.h"
 
 // Errors as values need the header-only form: Debian's library is built with
@@ -39,8 +41,8 @@ constexpr size_t largest_file = 1 << 20;
 // Bounds how deep the dotted keys of a line can nest.
 constexpr size_t longest_line = 4096;
 constexpr size_t most_vms = 10000;
-constexpr size_t most_tags = 64;
-constexpr size_t longest_name = 255;
+constexpr size_t most_tags = max_tags;
+constexpr size_t longest_name = max_tag_bytes;
 constexpr size_t longest_path = 4095;    // PATH_MAX without its end
 constexpr size_t longest_socket = 107;   // unix(7), sun_path without its end
 constexpr size_t longest_command = 4096;
@@ -83,7 +85,7 @@ class TableReader {
 
   tl::unexpected<Error> fail_key(std::string_view key, const Error& error) const {
     const toml::node* node = table_.get(key);
-    return fail_at(file_, node->source().begin.line,
+    return fail_at(file_, (node ? *node : table_).source().begin.line,
                    fmt::format("{}{}{}: {}", place_, place_.empty() ? "" : " ", key, error.message()),
                    error.remedy());
   }
@@ -151,13 +153,13 @@ class TableReader {
   }
 
   // A list of texts. `empty_too`: "" means something.
-  Result<std::vector<std::string>> texts(std::string_view key, bool empty_too) {
+  Result<std::vector<std::string>> texts(std::string_view key, size_t most, bool empty_too) {
     std::vector<std::string> found;
     const toml::node* node = take(key);
     if (!node) return found;
     const toml::array* array = node->as_array();
-    if (!array || array->size() > most_tags) {
-      return fail_key(key, fmt::format("wants a list of at most {} texts: [\"a\", \"b\"]", most_tags));
+    if (!array || array->size() > most) {
+      return fail_key(key, fmt::format("wants a list of at most {} texts: [\"a\", \"b\"]", most));
     }
     for (const toml::node& element : *array) {
       const auto value = element.value_exact<std::string>();
@@ -230,7 +232,7 @@ Result<KeepRule> read_keep(const toml::node& node, const std::string& file) {
     if (!within) return reader.fail_key("within", within.error());
     rule.within = *within;
   }
-  for (const std::string& list : VMSNAP_TRY(reader.texts("tags", /*empty_too=*/true))) {
+  for (const std::string& list : VMSNAP_TRY(reader.texts("tags", most_tags, /*empty_too=*/true))) {
     rule.keep_tags.push_back(parse_tag_list(list));
   }
   VMSNAP_CHECK(reader.check_no_others());
@@ -248,16 +250,28 @@ Result<std::chrono::seconds> read_pause(TableReader& reader, std::string_view ke
   return limit;
 }
 
+Status check_vm_tags(const BackupVm& vm, const TableReader& reader) {
+  for (const std::string& tag : vm.tags) {
+    if (tag.find(',') != std::string::npos) {
+      return reader.fail_key("tags", fmt::format("'{}' has a comma, which separates tags", shown(tag)));
+    }
+    if (!backup_name({tag}).empty()) {
+      return reader.fail_key("tags", fmt::format("'{}' would make it another VM's snapshot", shown(tag)));
+    }
+  }
+  if (const Status tags = check_tags(vm.tags, {}); !tags) return reader.fail_key("tags", tags.error());
+  const Status name = check_tags({backup_tag(vm.name)}, {});
+  return name ? Status() : reader.fail_key("name", name.error());
+}
+
 Result<BackupVm> read_vm(const toml::table& table, const std::string& file) {
   TableReader reader(table, file, "[[vm]]");
   BackupVm vm;
   vm.qmp = VMSNAP_TRY(reader.path("qmp", longest_socket));
-  vm.name = VMSNAP_TRY(reader.text("name", longest_name, vm.qmp));
-  vm.tags = VMSNAP_TRY(reader.texts("tags", /*empty_too=*/false));
-  for (const std::string& tag : vm.tags) {
-    if (tag.find(',') == std::string::npos) continue;
-    return reader.fail_key("tags", fmt::format("'{}' has a comma, which separates tags", shown(tag)));
-  }
+  // The name is one more tag of its snapshots.
+  vm.name = VMSNAP_TRY(reader.text("name", longest_name - backup_tag("").size(), vm.qmp));
+  vm.tags = VMSNAP_TRY(reader.texts("tags", most_tags - 1, /*empty_too=*/false));
+  VMSNAP_CHECK(check_vm_tags(vm, reader));
   const std::string disks = VMSNAP_TRY(reader.text("disks", longest_name));
   if (!disks.empty() && disks != "none") return reader.fail_key("disks", "can only be \"none\"");
   vm.without_disks = disks == "none";
@@ -265,6 +279,9 @@ Result<BackupVm> read_vm(const toml::table& table, const std::string& file) {
   vm.pause_command_limit = VMSNAP_TRY(read_pause(reader, "in-pause-limit", vm.pause_command_limit));
   vm.stall_limit = VMSNAP_TRY(read_pause(reader, "stall-limit", vm.stall_limit));
   vm.dedup_domain = VMSNAP_TRY(reader.text("dedup-domain", longest_name));
+  if (const Status domain = check_tags({}, vm.dedup_domain); !domain) {
+    return reader.fail_key("dedup-domain", domain.error());
+  }
   vm.max_age = VMSNAP_TRY(reader.duration("max-age"));
   VMSNAP_CHECK(reader.check_no_others());
   if (vm.qmp.empty()) return reader.fail_key("qmp", "is missing: the monitor socket of the VM");

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "formats/metadata.h"
 #include "formats/test_point.h"
 #include "snap/pause_command.h"
 #include "snap/snapshot.h"
@@ -62,6 +63,7 @@ Result<SnapshotSummary> snapshot_process(pid_t pid, std::vector<RemoteRange> ran
                                          const SnapshotOptions& options,
                                          const SnapshotProgress& progress) {
   VMSNAP_TEST_POINT("snapshot.start");
+  VMSNAP_CHECK(check_tags(options.tags, options.dedup_domain));
   auto blocks = VMSNAP_TRY(to_memory_blocks(std::move(ranges)));
   const Process process = VMSNAP_TRY(Process::open(pid));
   // The job ends, and lets the process go, before we ask what an error meant.

@@ -1,6 +1,7 @@
 #include <fmt/ranges.h>
 
 #include "formats/log.h"
+#include "formats/metadata.h"
 #include "formats/test_point.h"
 #include "snap/pause_command.h"
 #include "snap/snapshot.h"
@@ -200,6 +201,7 @@ Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& o
 Result<SnapshotSummary> snapshot_vm(const std::string& qmp_socket, const SnapshotOptions& options,
                                     const SnapshotProgress& progress) {
   VMSNAP_TEST_POINT("snapshot.start");
+  VMSNAP_CHECK(check_tags(options.tags, options.dedup_domain));
   Qmp qmp = VMSNAP_TRY(Qmp::connect(qmp_socket, std::chrono::seconds(10), Qmp::Signals::heed));
   const Process process = VMSNAP_TRY(Process::open(VMSNAP_TRY(qmp.peer_pid())));
   // The job ends, and lets the VM go, before we ask what an error meant.

@@ -10,6 +10,7 @@
 #include "formats/file.h"
 #include "formats/image_writer.h"
 #include "formats/interrupt.h"
+#include "formats/metadata.h"
 #include "formats/store/store_writer.h"
 
 namespace vmsnap {
@@ -82,6 +83,7 @@ Result<Imported> import_image(const Store& store, const ImageReader& image,
                               bool deltas) {
   ImageInfo info = image.info();
   for (const std::string& tag : tags) info.tags.push_back(tag);
+  VMSNAP_CHECK(check_tags(info.tags, domain));
   const auto writer = VMSNAP_TRY(StoreWriter::begin(
       store, info.regions,
       {.backup_name = backup_name(info.tags),

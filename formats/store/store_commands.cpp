@@ -9,6 +9,7 @@
 #include "formats/clock.h"
 #include "formats/command.h"
 #include "formats/duration.h"
+#include "formats/metadata.h"
 #include "formats/store/copy_image.h"
 #include "formats/store/image_argument.h"
 #include "formats/store/manifest.h"
@@ -121,6 +122,8 @@ struct ImportOptions {
 };
 
 Status import_into_store(CommandContext& context, const ImportOptions& options) {
+  // Before a store is made, and standard input read.
+  VMSNAP_CHECK(check_tags(options.tags, options.domain));
   const auto store = VMSNAP_TRY(Store::open_or_create(options.store.options()));
   Fd spooled;
   const std::string path = options.file == "-"

@@ -127,6 +127,19 @@ def test_json_of_an_error(shared_world, victim):
         json.loads(result.out)
 
 
+@pytest.mark.parametrize("wrong", [
+    ["--tag", ""], ["--tag", "x" * 256], ["--tag", "a\nb"], ["--dedup-domain", "x" * 256],
+    [word for i in range(65) for word in ("--tag", str(i))]],
+    ids=["empty", "long", "control", "domain", "many"])
+def test_tags_are_looked_at_before_anything_is_done(shared_world, victim, image, wrong):
+    store = shared_world.path("store")
+    for command in (["snapshot", "--pid", victim.pid, *victim.range_arguments()],
+                    ["import", image], ["park", "--qmp", shared_world.path("none.qmp")]):
+        result = shared_world.vmsnap(*command, "--store", store, *wrong).expect("usage")
+        assert not result.out and "damaged" not in result.err, str(result)
+    assert not store.exists()
+
+
 def test_no_progress_in_a_pipe(shared_world, victim):
     """Without a terminal there is a summary and no drawing."""
     result = shared_world.vmsnap("snapshot", "--pid", victim.pid, *victim.range_arguments(),

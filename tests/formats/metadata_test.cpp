@@ -139,6 +139,31 @@ TEST(Metadata, EncodeRefusesWhatDecodeWould) {
   EXPECT_EQ(json.error().code(), ErrorCode::io);
 }
 
+// What the user gives is looked at before anything is done, by the same rules.
+TEST(Metadata, CheckTagsRefusesWhatDecodeWould) {
+  const auto agree = [](const std::vector<std::string>& tags, const std::string& domain) {
+    ImageInfo info = decode(valid_document()).value();
+    info.tags = tags;
+    info.domain = domain;
+    const Status checked = check_tags(tags, domain);
+    EXPECT_EQ(checked.has_value(), encode_metadata(info, 3, "a.img").has_value());
+    if (!checked) EXPECT_EQ(checked.error().code(), ErrorCode::usage);
+    return checked.has_value();
+  };
+  const std::string longest(max_tag_bytes, 'x');
+  EXPECT_TRUE(agree({}, ""));
+  EXPECT_TRUE(agree({"a", longest}, longest));
+  EXPECT_TRUE(agree(std::vector<std::string>(max_tags, "a"), ""));
+  EXPECT_FALSE(agree(std::vector<std::string>(max_tags + 1, "a"), ""));
+  EXPECT_FALSE(agree({"a", ""}, ""));
+  EXPECT_FALSE(agree({longest + "x"}, ""));
+  EXPECT_FALSE(agree({"a"}, longest + "x"));
+  EXPECT_FALSE(agree({"a\nb"}, ""));
+  EXPECT_FALSE(agree({}, "a\x1b"));
+  EXPECT_FALSE(agree({std::string(100, '\xff')}, ""));  // each becomes three bytes
+  EXPECT_TRUE(agree({std::string(85, '\xff')}, ""));
+}
+
 TEST(Metadata, TextThatIsNotUtf8IsReplaced) {
   ImageInfo info = decode(valid_document()).value();
   info.source["argument"] =
