@@ -132,9 +132,8 @@ Status BackupRun::check_ages() {
   std::vector<std::string> stale;
   for (const BackupVm& vm : config_.vms) {
     if (!vm.max_age) continue;
-    const int64_t oldest = now - std::chrono::milliseconds(*vm.max_age).count();
     const bool fresh = std::ranges::any_of(list.snapshots, [&](const SnapshotEntry& entry) {
-      return entry.info.created_unix_ms >= oldest &&
+      return is_fresh(entry.info.created_unix_ms, now, *vm.max_age) &&
              backup_name(entry.info.tags) == vm.name;
     });
     if (fresh) continue;

@@ -55,10 +55,21 @@ Status check_age(const std::vector<SnapshotEntry>& found, const ListOptions& opt
   if (found.empty()) {
     return fail(ErrorCode::stale, "{} has no snapshot{}", options.store.directory, whose);
   }
-  const int64_t age = now_unix_ms() - found.back().info.created_unix_ms;
-  if (age <= limit.count()) return {};
+  const int64_t now = now_unix_ms();
+  const SnapshotEntry* newest = nullptr;  // of those that are not dated ahead
+  for (const SnapshotEntry& entry : found) {
+    if (is_fresh(entry.info.created_unix_ms, now, limit)) return {};
+    if (entry.info.created_unix_ms <= now) newest = &entry;
+  }
+  if (!newest) {
+    return tl::unexpected(
+        Error(ErrorCode::stale, fmt::format("every snapshot{} in {} has a date in the future", whose,
+                                            options.store.directory))
+            .with_remedy("Set the clock of this host right, and take a new one."));
+  }
   return fail(ErrorCode::stale, "the newest snapshot{} in {} is {:.1f} hours old", whose,
-              options.store.directory, static_cast<double>(age) / 3'600'000);
+              options.store.directory,
+              static_cast<double>(now - newest->info.created_unix_ms) / 3'600'000);
 }
 
 Status list(CommandContext& context, const ListOptions& options) {

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include "formats/clock.h"
+
 namespace vmsnap {
 namespace {
 
@@ -93,6 +95,18 @@ TEST(ClockDuration, ALongTextIsCutInTheMessage) {
   const auto parsed = parse_clock_duration(std::string(100000, 'x'));
   ASSERT_FALSE(parsed);
   EXPECT_LT(parsed.error().message().size(), 200u);
+}
+
+TEST(Fresh, IsNeitherTooOldNorFromTheFuture) {
+  constexpr int64_t now = 1'732'140'700'123, minute = 60'000;
+  constexpr std::chrono::minutes limit{60};
+  EXPECT_TRUE(is_fresh(now, now, limit));
+  EXPECT_TRUE(is_fresh(now - 60 * minute, now, limit));
+  EXPECT_FALSE(is_fresh(now - 60 * minute - 1, now, limit));
+  // Clocks differ a little.
+  EXPECT_TRUE(is_fresh(now + 5 * minute, now, limit));
+  EXPECT_FALSE(is_fresh(now + 5 * minute + 1, now, limit));
+  EXPECT_FALSE(is_fresh(253'402'300'799'999, 0, limit));
 }
 
 }  // namespace
