@@ -67,12 +67,15 @@ Result<ImageFile> ImageFile::open(const std::string& path) {
   std::unique_ptr<PlainSource> plain = VMSNAP_TRY(PlainSource::open(path));
   const int fd = plain->fd();
   ImageFile file = VMSNAP_TRY(open(std::shared_ptr<const ByteSource>(std::move(plain))));
-  if (file.find_section(layout::SectionType::packs)) {
-    return tl::unexpected(Error(ErrorCode::usage, path + " is a snapshot in a store, not an image")
-                              .with_remedy("Give --store DIR and the snapshot's id."));
-  }
+  VMSNAP_CHECK(file.check_own_frames());
   file.frames_fd_ = fd;
   return file;
+}
+
+Status ImageFile::check_own_frames() const {
+  if (!find_section(layout::SectionType::packs)) return {};
+  return tl::unexpected(Error(ErrorCode::usage, path() + " is a snapshot in a store, not an image")
+                            .with_remedy("Give --store DIR and the snapshot's id."));
 }
 
 Result<ImageFile> ImageFile::open(std::shared_ptr<const ByteSource> source) {

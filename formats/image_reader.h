@@ -19,6 +19,7 @@
 #include "formats/frame_reader.h"
 #include "formats/image_file.h"
 #include "formats/image_info.h"
+#include "formats/sealed_file.h"
 
 namespace vmsnap {
 
@@ -48,6 +49,8 @@ class ImageReader {
   // ErrorCode::unsupported for a newer format version.
   // ErrorCode::usage for a snapshot of a store, which needs its packs.
   static Result<std::unique_ptr<ImageReader>> open(const std::string& path);
+  // The same in a file that is sealed as a whole.
+  static Result<std::unique_ptr<ImageReader>> open(std::shared_ptr<const SealedSource> file);
   // A snapshot of a store; `frames` finds its packs.
   static Result<std::unique_ptr<ImageReader>> open(ImageFile file,
                                                    std::unique_ptr<FrameFiles> frames);

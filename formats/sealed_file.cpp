@@ -1,5 +1,6 @@
 #include "formats/sealed_file.h"
 
+#include <fcntl.h>
 #include <sodium.h>
 
 #include <algorithm>
@@ -105,6 +106,13 @@ Result<std::unique_ptr<SealedSource>> SealedSource::open(const std::string& path
   std::array<std::byte, stored_chunk> last;
   VMSNAP_CHECK(source->read_chunks(source->last_chunk(), last, 1));
   return source;
+}
+
+bool looks_sealed(const std::string& path) {
+  std::array<char, 8> magic = {};
+  const auto fd = open_file(path, O_RDONLY | O_NONBLOCK);
+  return fd && read_exact_at(fd->get(), std::as_writable_bytes(std::span(magic)), 0, path) &&
+         magic == layout::sealed_magic;
 }
 
 uint64_t SealedSource::last_chunk() const { return last_chunk_of(prelude_.length); }

@@ -78,6 +78,9 @@ class SealedSource final : public ByteSource {
   const SecretKey key_;
 };
 
+// Whether the file begins as one, for who has no key. False if it cannot be read.
+bool looks_sealed(const std::string& path);
+
 // Writes a sealed file front to back.
 class SealedWriter final : public ByteSink {
  public:

@@ -5,12 +5,16 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <memory>
+#include <optional>
 #include <utility>
 
+#include "formats/append_file.h"
 #include "formats/file.h"
 #include "formats/image_writer.h"
 #include "formats/interrupt.h"
 #include "formats/metadata.h"
+#include "formats/sealed_file.h"
 #include "formats/store/store_writer.h"
 
 namespace vmsnap {
@@ -51,6 +55,19 @@ Result<uint64_t> copy_to_fd(const ImageReader& image, int fd, const std::string&
 
 Result<Fd> unnamed_file(const std::string& directory) {
   return open_file(directory, O_RDWR | O_TMPFILE);
+}
+
+// All that can be read.
+Status copy_to(int fd, ByteSink& out) {
+  std::vector<std::byte> buffer(1 << 20);
+  for (;;) {
+    const ssize_t got = ::read(fd, buffer.data(), buffer.size());
+    VMSNAP_CHECK(check_interrupted());
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return fail_errno(errno, "cannot read standard input");
+    if (got == 0) return out.finish();
+    VMSNAP_CHECK(out.append(std::span(buffer).first(static_cast<size_t>(got))));
+  }
 }
 
 }  // namespace
@@ -96,17 +113,22 @@ Result<Imported> import_image(const Store& store, const ImageReader& image,
   return Imported{writer->image().id(), committed.added_bytes};
 }
 
-Result<std::string> spool(int fd, const std::string& directory, Fd& held) {
-  held = VMSNAP_TRY(unnamed_file(directory));
-  std::vector<std::byte> buffer(1 << 20);
-  for (;;) {
-    const ssize_t got = ::read(fd, buffer.data(), buffer.size());
-    VMSNAP_CHECK(check_interrupted());
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return fail_errno(errno, "cannot read standard input");
-    if (got == 0) return fmt::format("/proc/self/fd/{}", held.get());
-    VMSNAP_CHECK(write_all(held.get(), std::span(buffer).first(static_cast<size_t>(got)), directory));
+Result<std::unique_ptr<ImageReader>> open_spooled(int fd, const Store& store) {
+  const std::string directory = store.paths().temporary();
+  const Fd file = VMSNAP_TRY(unnamed_file(directory));
+  std::optional<SecretKey> key;
+  std::unique_ptr<ByteSink> out;
+  if (store.master()) {
+    key = VMSNAP_TRY(SecretKey::random());
+    out = std::make_unique<SealedWriter>(file.get(), directory, *key);
+  } else {
+    out = std::make_unique<AppendFile>(file.get(), directory, 0);
   }
+  VMSNAP_CHECK(copy_to(fd, *out));
+  const std::string path = fmt::format("/proc/self/fd/{}", file.get());
+  if (!key) return ImageReader::open(path);
+  return ImageReader::open(
+      std::shared_ptr<const SealedSource>(VMSNAP_TRY(SealedSource::open(path, *key))));
 }
 
 }  // namespace vmsnap

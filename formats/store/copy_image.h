@@ -31,8 +31,9 @@ Result<Imported> import_image(const Store& store, const ImageReader& image,
                               const std::string& domain, const std::vector<std::string>& tags,
                               bool deltas);
 
-// The bytes of an image that come from `fd`, as an unnamed file in `directory`.
-// The path is good as long as the descriptor in `held` is open.
-Result<std::string> spool(int fd, const std::string& directory, Fd& held);
+// The image whose bytes come from `fd`, by way of an unnamed file in the store.
+// If the store is sealed, so is that, with a key that nobody else has and that
+// goes with the reader.
+Result<std::unique_ptr<ImageReader>> open_spooled(int fd, const Store& store);
 
 }  // namespace vmsnap

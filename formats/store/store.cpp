@@ -17,6 +17,7 @@
 #include "formats/interrupt.h"
 #include "formats/key_slots.h"
 #include "formats/sealed_file.h"
+#include "formats/store/manifest.h"
 #include "formats/store/pack_set.h"
 #include "formats/store/store_config.h"
 
@@ -118,6 +119,24 @@ Status create(const StorePaths& paths, const KeySource& key) {
   return written;
 }
 
+// Else new snapshots would go in unsealed, beside the sealed ones: who can write
+// to the store, but has no key, could have taken the keys out of its configuration.
+// One manifest tells as much as all.
+Status check_not_sealed(const StorePaths& paths) {
+  for (const std::string& directory : {paths.snapshots(), paths.trash()}) {
+    for (const std::string& id : VMSNAP_TRY(manifest_ids(directory))) {
+      if (!looks_sealed(directory + "/" + id)) return {};
+      return tl::unexpected(
+          Error(ErrorCode::damaged,
+                fmt::format("{} says that the store is not encrypted, but its snapshots are",
+                            paths.config()))
+              .with_remedy("Put the store.json from before in its place; without its keys nothing "
+                           "opens the snapshots."));
+    }
+  }
+  return {};
+}
+
 }  // namespace
 
 Store::Store(StorePaths paths, StoreLock use, std::optional<SecretKey> master)
@@ -135,6 +154,7 @@ Result<std::unique_ptr<Store>> Store::open(const StoreOptions& options) {
   }
   const StoreConfig config = VMSNAP_TRY(read_store_config(paths));
   std::optional<SecretKey> master = VMSNAP_TRY(unlock_store(config, paths, options.key));
+  if (!master) VMSNAP_CHECK(check_not_sealed(paths));
   StoreLock use = VMSNAP_TRY(StoreLock::use(paths));
   return std::unique_ptr<Store>(new Store(paths, std::move(use), std::move(master)));
 }

@@ -136,11 +136,8 @@ Status import_into_store(CommandContext& context, const ImportOptions& options) 
   // Before a store is made, and standard input read.
   VMSNAP_CHECK(check_tags(options.tags, options.domain));
   const auto store = VMSNAP_TRY(Store::open_or_create(options.store.options()));
-  Fd spooled;
-  const std::string path = options.file == "-"
-                               ? VMSNAP_TRY(spool(STDIN_FILENO, store->paths().temporary(), spooled))
-                               : options.file;
-  const auto image = VMSNAP_TRY(ImageReader::open(path));
+  const auto image = VMSNAP_TRY(options.file == "-" ? open_spooled(STDIN_FILENO, *store)
+                                                    : ImageReader::open(options.file));
   const Imported imported = VMSNAP_TRY(
       import_image(*store, *image, options.domain, options.tags, options.deltas));
   context.out << fmt::format("{} imported, {} added\n", imported.id,

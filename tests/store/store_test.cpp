@@ -216,6 +216,22 @@ TEST_F(ASealedStore, OpensWithItsKeyOnly) {
   expect_pages(*Store::open(right).value(), first.id, texts(0, 3));
 }
 
+// Else the next snapshots would go in without a key, and unsealed.
+TEST_F(ASealedStore, NoticesThatItsKeysAreGone) {
+  seal_store();
+  const std::string id = write(*open(), texts(0, 3)).id;
+  auto config = nlohmann::json::parse(read_small_file(options_.directory + "/store.json").value());
+  config.erase("keys");
+  const std::string without = config.dump();
+  write_file(options_.directory + "/store.json", std::as_bytes(std::span(without)));
+  options_.key = {};
+  EXPECT_EQ(Store::open(options_).error().code(), ErrorCode::damaged);
+  EXPECT_EQ(Store::open_or_create(options_).error().code(), ErrorCode::damaged);
+  const StorePaths paths = {options_.directory};
+  std::filesystem::rename(paths.snapshot(id), paths.in_trash(id));
+  EXPECT_EQ(Store::open(options_).error().code(), ErrorCode::damaged);
+}
+
 TEST_F(ASealedStore, NoticesAPackThatWasChanged) {
   seal_store();
   const auto store = open();
