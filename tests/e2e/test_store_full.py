@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 import harness
+import system
 import victims
 from test_store_kill import assert_nothing_is_left, bytes_of, ids, target
 
@@ -86,3 +87,38 @@ def test_every_write(world, name, error):
     assert failed >= 2
     if name == "snapshot":
         store.victim.assert_live()
+
+
+def fill(path):
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as full:
+            assert full.errno == errno.ENOSPC
+
+
+def test_prune_on_a_full_disk(world):
+    """It makes room by what is dead, and repacks if that is enough."""
+    victim = victims.Writers(world, mib=16)
+    disk = system.mount_small_disk(world, 64 << 10)
+    store, filler = disk / "store", disk / "filler"
+
+    def snapshot(*options):
+        return world.vmsnap("snapshot", *target(victim), "--store", store, "--json",
+                            *options).expect("ok").json["id"]
+
+    gone, kept, dead = snapshot(), snapshot(), snapshot("--dedup-domain", "another")
+    content = bytes_of(world, store, kept)
+    world.vmsnap("rm", "--store", store, gone).expect("ok")
+    fill(filler)
+    result = world.vmsnap("prune", "--store", store, "--json").expect("ok")
+    assert result.json["deleted"] == 1 and result.json["packs_repacked"] == 0, str(result)
+    assert "--repack-below 0" in result.err, str(result)
+    assert not list((store / "tmp").iterdir())
+    world.vmsnap("rm", "--store", store, dead).expect("ok")
+    fill(filler.with_name("more"))
+    result = world.vmsnap("prune", "--store", store, "--json").expect("ok")
+    assert result.json["packs_deleted"] == 2 and result.json["packs_repacked"] == 1, str(result)
+    assert bytes_of(world, store, kept) == content
+    world.vmsnap("verify", "--store", store).expect("ok")
