@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <system_error>
 
+#include "formats/duration.h"
 #include "formats/store/manifest.h"
 #include "formats/store/pack_file.h"
 
@@ -42,6 +43,17 @@ CLI::Option* add_store_option(CLI::App& command, StoreArgument& argument) {
 CLI::Option* add_delta_option(CLI::App& command, bool& deltas) {
   return command.add_flag("--delta", deltas,
                           "Store pages as differences from similar ones: smaller, and slower");
+}
+
+void add_lock_wait_option(CLI::App& command, std::string& text) {
+  command
+      .add_option("--lock-wait", text,
+                  "How long to wait for another prune, repair or change of keys, such as 10m")
+      ->type_name("TIME");
+}
+
+Result<std::chrono::seconds> parse_lock_wait(const std::string& text) {
+  return text.empty() ? std::chrono::seconds(0) : parse_clock_duration(text);
 }
 
 CLI::Option* add_image_argument(CLI::App& command, ImageArgument& argument) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <memory>
 #include <string>
 
@@ -24,6 +25,11 @@ CLI::Option* add_store_option(CLI::App& command, StoreArgument& argument);
 
 // --delta: see ImageWriterOptions.
 CLI::Option* add_delta_option(CLI::App& command, bool& deltas);
+
+// --lock-wait TIME: how long to wait for StoreLock::maintain.
+void add_lock_wait_option(CLI::App& command, std::string& text);
+// Empty is no time at all.
+Result<std::chrono::seconds> parse_lock_wait(const std::string& text);
 
 struct ImageArgument {
   std::string name;  // a path; with a store an id, the beginning of one, or "latest"

@@ -19,6 +19,7 @@ namespace {
 struct KeyOptions {
   StoreArgument store;
   std::string new_key_file, new_passphrase_file, remove;
+  std::string lock_wait;  // empty: not at all
 };
 
 // Neither changes the master key, so that no pack is written anew.
@@ -51,7 +52,9 @@ Result<std::string> remove_slot(StoreConfig& config, const std::string& id) {
 
 Status run_key(CommandContext& context, const KeyOptions& options) {
   const StorePaths paths = {options.store.directory};
-  const StoreLock lock = VMSNAP_TRY(StoreLock::maintain(paths, std::chrono::milliseconds(0)));
+  const auto wait = VMSNAP_TRY(parse_lock_wait(options.lock_wait));
+  VMSNAP_CHECK(check_is_store(paths));
+  const StoreLock lock = VMSNAP_TRY(StoreLock::maintain(paths, wait));
   StoreConfig config = VMSNAP_TRY(read_store_config(paths));
   // Only who can open the store may look, or change who can.
   const auto master = VMSNAP_TRY(unlock_store(config, paths, options.store.key));
@@ -88,6 +91,7 @@ void add_key_command(CLI::App& app, CommandContext& context) {
                    "Let the passphrase on the first line of this file open it, too")
       ->excludes(file);
   command->add_option("--remove", options->remove, "Remove the key with this id")->type_name("ID");
+  add_lock_wait_option(*command, options->lock_wait);
   command->footer(
       "Examples:\n"
       "  vmsnap key --store /backup/vms --key-file old --new-key-file new\n"

@@ -146,12 +146,7 @@ Store::Store(StorePaths paths, StoreLock use, std::optional<SecretKey> master)
 
 Result<std::unique_ptr<Store>> Store::open(const StoreOptions& options) {
   const StorePaths paths = {options.directory};
-  std::error_code error;
-  if (!fs::exists(paths.config(), error)) {
-    return tl::unexpected(Error(ErrorCode::usage, paths.root + " is not a store")
-                              .with_remedy("Give the directory that 'vmsnap snapshot --store' or "
-                                           "'vmsnap import --store' made."));
-  }
+  VMSNAP_CHECK(check_is_store(paths));
   const StoreConfig config = VMSNAP_TRY(read_store_config(paths));
   std::optional<SecretKey> master = VMSNAP_TRY(unlock_store(config, paths, options.key));
   if (!master) VMSNAP_CHECK(check_not_sealed(paths));

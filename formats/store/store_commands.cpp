@@ -177,7 +177,9 @@ Status move_snapshots(CommandContext& context, const NamedOptions& options, Wher
   // All of them are looked up before any is touched.
   std::vector<std::string> ids;
   for (const std::string& name : options.names) {
-    ids.push_back(VMSNAP_TRY(resolve_snapshot(*store, from, name)));
+    const std::string id = VMSNAP_TRY(resolve_snapshot(*store, from, name));
+    // Who names one twice wants it moved, once.
+    if (std::ranges::find(ids, id) == ids.end()) ids.push_back(id);
   }
   for (const std::string& id : ids) {
     if (from == Where::snapshots) {

@@ -1,5 +1,8 @@
 #include "formats/store/store_config.h"
 
+#include <filesystem>
+#include <system_error>
+
 #include "formats/damage.h"
 #include "formats/file.h"
 #include "formats/image_file.h"
@@ -19,6 +22,14 @@ bool names_a_key(const KeySource& key) {
 }
 
 }  // namespace
+
+Status check_is_store(const StorePaths& paths) {
+  std::error_code error;
+  if (std::filesystem::exists(paths.config(), error)) return {};
+  return tl::unexpected(Error(ErrorCode::usage, paths.root + " is not a store")
+                            .with_remedy("Give the directory that 'vmsnap snapshot --store' or "
+                                         "'vmsnap import --store' made."));
+}
 
 Result<StoreConfig> parse_store_config(const std::string& json, const std::string& name) {
   const auto document = nlohmann::json::parse(json, nullptr, /*allow_exceptions=*/false);

@@ -22,6 +22,9 @@ struct StoreConfig {
   bool sealed() const { return !slots.is_null(); }
 };
 
+// ErrorCode::usage if there is none: the directory is no store.
+Status check_is_store(const StorePaths& paths);
+
 // ErrorCode::damaged for what is not one, unsupported for a newer version.
 // Any bytes are safe.
 Result<StoreConfig> parse_store_config(const std::string& json, const std::string& name);

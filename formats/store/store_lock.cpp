@@ -35,6 +35,12 @@ Result<bool> try_lock(const Fd& fd, const StorePaths& paths, int type, uint64_t 
   return fail_errno(errno, "cannot lock {}", paths.lock());
 }
 
+// Made anew if it was removed: nothing in it is worth more than the store. The
+// first prune after that ends the epochs of the packs that wait still.
+Result<Fd> open_lock_file(const StorePaths& paths, int access) {
+  return open_file(paths.lock(), access | O_CREAT, 0600);
+}
+
 Result<uint64_t> read_epoch(const Fd& fd, const StorePaths& paths) {
   uint64_t epoch = 0;
   const ssize_t got = ::pread(fd.get(), &epoch, sizeof epoch, 0);
@@ -53,7 +59,7 @@ Result<uint64_t> read_epoch(const Fd& fd, const StorePaths& paths) {
 
 Result<StoreLock> StoreLock::use(const StorePaths& paths) {
   for (;;) {
-    Fd fd = VMSNAP_TRY(open_file(paths.lock(), O_RDONLY));
+    Fd fd = VMSNAP_TRY(open_lock_file(paths, O_RDONLY));
     const uint64_t epoch = VMSNAP_TRY(read_epoch(fd, paths));
     const bool locked = VMSNAP_TRY(try_lock(fd, paths, F_RDLCK, first_epoch_byte + epoch, 1));
     // Else an epoch ended in between, and may be looked at as unused already.
@@ -64,7 +70,7 @@ Result<StoreLock> StoreLock::use(const StorePaths& paths) {
 
 Result<StoreLock> StoreLock::exclusive(const StorePaths& paths, uint64_t byte,
                                        std::chrono::milliseconds wait, const char* what) {
-  Fd fd = VMSNAP_TRY(open_file(paths.lock(), O_RDWR));
+  Fd fd = VMSNAP_TRY(open_lock_file(paths, O_RDWR));
   const auto deadline = std::chrono::steady_clock::now() + wait;
   while (!VMSNAP_TRY(try_lock(fd, paths, F_WRLCK, byte, 1))) {
     if (std::chrono::steady_clock::now() >= deadline) {

@@ -26,7 +26,7 @@ namespace vmsnap {
 class StoreLock {
  public:
   // The shared lock of a user, in the present epoch. Needs only to read the
-  // lock file. Does not wait.
+  // lock file; all of these make it if it is not there. Does not wait.
   static Result<StoreLock> use(const StorePaths& paths);
 
   // One at a time: putting packs and manifests under their names, taking them

@@ -7,7 +7,6 @@
 
 #include "formats/clock.h"
 #include "formats/command.h"
-#include "formats/duration.h"
 #include "formats/retention.h"
 #include "formats/store/image_argument.h"
 #include "formats/store/prune.h"
@@ -20,11 +19,6 @@ namespace vmsnap {
 namespace {
 
 using OrderedJson = nlohmann::ordered_json;
-
-// Empty is no time at all.
-Result<std::chrono::seconds> parse_wait(const std::string& text) {
-  return text.empty() ? std::chrono::seconds(0) : parse_clock_duration(text);
-}
 
 // ---- prune
 
@@ -98,7 +92,7 @@ Status run_prune(CommandContext& context, PruneArguments& arguments) {
   if (!options.keep && !options.vm.empty()) {
     return fail(ErrorCode::usage, "--vm says for which VM to keep what: give a --keep- option, too");
   }
-  options.lock_wait = VMSNAP_TRY(parse_wait(arguments.lock_wait));
+  options.lock_wait = VMSNAP_TRY(parse_lock_wait(arguments.lock_wait));
   options.repack_below = arguments.repack_below / 100;
   options.now_unix_ms = now_unix_ms();
   const auto store = VMSNAP_TRY(Store::open(arguments.store.options()));
@@ -127,9 +121,7 @@ void add_prune(CLI::App& app, CommandContext& context) {
                       "Rewrite packs of which less than this much is needed (default 50)")
       ->type_name("PERCENT")
       ->check(CLI::Range(0.0, 100.0));
-  command->add_option("--lock-wait", arguments->lock_wait,
-                      "How long to wait for another prune, such as 10m")
-      ->type_name("TIME");
+  add_lock_wait_option(*command, arguments->lock_wait);
   command->add_flag("--json", arguments->json, "Print one JSON object");
   command->footer(
       "Without a rule of what to keep, no snapshot is removed; the trash is emptied.\n"
@@ -149,7 +141,7 @@ struct RepairOptions {
 };
 
 Status repair(CommandContext& context, const RepairOptions& options) {
-  const auto wait = VMSNAP_TRY(parse_wait(options.lock_wait));
+  const auto wait = VMSNAP_TRY(parse_lock_wait(options.lock_wait));
   const auto store = VMSNAP_TRY(Store::open(options.store.options()));
   const StoreRepairReport report = VMSNAP_TRY(repair_store(*store, {.lock_wait = wait}));
   for (const std::string& sentence : report.sentences) context.out << printable(sentence) << '\n';
@@ -161,9 +153,7 @@ void add_repair(CLI::App& app, CommandContext& context) {
   CLI::App* command = app.add_subcommand(
       "repair", "Put what is damaged in a store into quarantine, and make its indexes anew");
   add_store_option(*command, options->store)->required();
-  command->add_option("--lock-wait", options->lock_wait,
-                      "How long to wait for another prune or repair, such as 10m")
-      ->type_name("TIME");
+  add_lock_wait_option(*command, options->lock_wait);
   command->footer("Examples:\n  vmsnap repair --store /backup/vms");
   command->callback([&context, options] {
     context.run = [&context, options] { return repair(context, *options); };

@@ -1,10 +1,12 @@
-// list and rm, as main would run them.
+// list, rm and key, as main would run them.
 #include "formats/store/store_commands.h"
 
+#include <filesystem>
 #include <sstream>
 
 #include "formats/clock.h"
 #include "formats/command.h"
+#include "formats/store/key_command.h"
 #include "tests/store/test_store.h"
 
 namespace vmsnap {
@@ -17,6 +19,7 @@ class StoreCommands : public StoreTest {
     CommandContext context{.out = out_, .err = out_, .run = {}};
     CLI::App app;
     add_store_commands(app, context);
+    add_key_command(app, context);
     arguments.insert(arguments.end(), {"--store", options_.directory});
     std::reverse(arguments.begin(), arguments.end());  // as CLI11 wants them
     app.parse(arguments);
@@ -41,6 +44,40 @@ TEST_F(StoreCommands, ListFindsNoFreshSnapshotInTheFuture) {
   EXPECT_NE(listed.error().message().find("48.0 hours"), std::string::npos) << listed.error().message();
   write(*store, texts(0, 3), {}, now_unix_ms() - hour);
   EXPECT_TRUE(run({"list", "--max-age", "26h"}));
+}
+
+TEST_F(StoreCommands, RmAndUndeleteTakeOneThatIsNamedTwice) {
+  const auto store = open();
+  const std::string id = write(*store, texts(0, 3)).id;
+  const std::string other = write(*store, texts(0, 3)).id;
+  Status moved = run({"rm", id, other, id});
+  EXPECT_TRUE(moved) << moved.error().message();
+  EXPECT_EQ(files_in(store->paths().trash()), 2u);
+  moved = run({"undelete", id, id});
+  EXPECT_TRUE(moved) << moved.error().message();
+  EXPECT_EQ(files_in(store->paths().trash()), 1u);
+}
+
+TEST_F(StoreCommands, KeyIsForStores) {
+  std::filesystem::create_directory(options_.directory);
+  const Status none = run({"key"});
+  ASSERT_FALSE(none);
+  EXPECT_EQ(none.error().code(), ErrorCode::usage);
+  EXPECT_NE(none.error().message().find("is not a store"), std::string::npos);
+  EXPECT_EQ(files_in(options_.directory), 0u);
+}
+
+TEST_F(StoreCommands, KeyWaitsAsItIsAskedTo) {
+  seal_store();
+  const auto store = open();
+  const std::vector<std::string> list = {"key", "--key-file", *options_.key.key_file};
+  {
+    const StoreLock lock = StoreLock::maintain(store->paths(), std::chrono::milliseconds(0)).value();
+    EXPECT_EQ(run(list).error().code(), ErrorCode::locked);
+  }
+  std::vector<std::string> patient = list;
+  patient.insert(patient.end(), {"--lock-wait", "1m"});
+  EXPECT_TRUE(run(patient));
 }
 
 }  // namespace

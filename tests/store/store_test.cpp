@@ -268,6 +268,22 @@ TEST_F(OpeningAStore, RefusesNewerVersions) {
   EXPECT_EQ(Store::open(options_).error().code(), ErrorCode::damaged);
 }
 
+// As the message about a damaged one advises.
+TEST_F(OpeningAStore, MakesALockThatWasRemovedAnew) {
+  const std::string lock = options_.directory + "/lock";
+  const std::string damage(8, '\xff');
+  const std::string id = write(*open(), texts(0, 3)).id;
+  write_file(lock, std::as_bytes(std::span(damage)));
+  EXPECT_EQ(Store::open(options_).error().code(), ErrorCode::damaged);
+  std::filesystem::remove(lock);
+  const auto store = Store::open(options_);
+  ASSERT_TRUE(store) << store.error().message();
+  EXPECT_EQ(std::filesystem::status(lock).permissions(), std::filesystem::perms(0600));
+  std::filesystem::remove(lock);
+  EXPECT_TRUE(StoreLock::maintain((*store)->paths(), std::chrono::milliseconds(0)));
+  expect_pages(**store, id, texts(0, 3));
+}
+
 TEST_F(OpeningAStore, GoesOnAfterACreatorThatWasKilled) {
   std::filesystem::create_directories(options_.directory + "/packs");
   EXPECT_TRUE(Store::open_or_create(options_));
