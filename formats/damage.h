@@ -24,4 +24,13 @@ tl::unexpected<Error> damaged(const std::string& name, fmt::format_string<Args..
   return tl::unexpected<Error>(damage(name, format, std::forward<Args>(args)...));
 }
 
+// Whether the bytes are not there any more: a check of ours failed, or the disk
+// or the file system says so.
+bool says_damage(const Error& error);
+
+// Whether to read once more is of no use: damage, or the wrong key. Anything
+// else (no descriptor, no memory, no permission) may pass, and then the bytes
+// are there.
+bool is_lasting(const Error& error);
+
 }  // namespace vmsnap

@@ -265,18 +265,6 @@ bool PackCheck::doubts(uint64_t offset) const {
       doubtful, [&](const auto& range) { return offset >= range.first && offset < range.second; });
 }
 
-bool says_damage(const Error& error) {
-  if (error.code() == ErrorCode::damaged) return true;
-  switch (error.os_errno()) {
-    case EIO:
-    case EBADMSG:  // some file systems: a checksum of theirs
-    case EUCLEAN:
-    case ENODATA:
-    case EILSEQ: return true;
-    default: return false;
-  }
-}
-
 PackCheck check_open_pack(const PackFile& pack, const layout::ImageId& id, bool with_table,
                           std::span<const layout::PackRow> rows) {
   return PackChecker(pack, id).run(with_table, rows);

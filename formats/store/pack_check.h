@@ -40,9 +40,6 @@ struct PackCheck {
   bool doubts(uint64_t offset) const;
 };
 
-// Whether an error says that something at rest is not as it was written, or
-// cannot be read from its disk; not that this process lacks something.
-bool says_damage(const Error& error);
 // Reads the pack once, front to back: header, segments against their digests,
 // each frame's header and checksum, end mark, tables, padding, trailer. `rows`
 // are what manifests say of it; it must be the pack that one of them means.

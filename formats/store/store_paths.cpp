@@ -11,16 +11,28 @@ namespace fs = std::filesystem;
 
 std::string StorePaths::pack(const layout::ImageId& id) const { return packs() + "/" + id_text(id); }
 
+namespace {
+
+// What cannot be looked for is not taken for missing: without a permission or a
+// descriptor that would be said of every pack.
+Result<bool> is_there(const std::string& path) {
+  std::error_code error;
+  const bool there = fs::exists(path, error);
+  if (error) return fail_errno(error.value(), "cannot look for {}", path);
+  return there;
+}
+
+}  // namespace
+
 Result<std::string> StorePaths::find_pack(const layout::ImageId& id) const {
   // A pack moves between these only by rename(2), and out of the first two
   // only when no manifest refers to it: looked at in a circle, it is found.
-  std::error_code error;
+  const std::string quarantined = quarantine() + "/" + id_text(id);
   for (int round = 0; round < 2; ++round) {
-    if (fs::exists(pack(id), error)) return pack(id);
-    const std::string condemned_pack = find_condemned(id);
+    if (VMSNAP_TRY(is_there(pack(id)))) return pack(id);
+    std::string condemned_pack = VMSNAP_TRY(find_condemned(id));
     if (!condemned_pack.empty()) return condemned_pack;
-    const std::string quarantined = quarantine() + "/" + id_text(id);
-    if (fs::exists(quarantined, error)) return quarantined;
+    if (VMSNAP_TRY(is_there(quarantined))) return quarantined;
   }
   return tl::unexpected(
       Error(ErrorCode::damaged, fmt::format("pack {} is not in the store {}", id_text(id), root))
@@ -28,14 +40,17 @@ Result<std::string> StorePaths::find_pack(const layout::ImageId& id) const {
                        "' names the snapshots and pages that it takes with it."));
 }
 
-std::string StorePaths::find_condemned(const layout::ImageId& id) const {
+Result<std::string> StorePaths::find_condemned(const layout::ImageId& id) const {
   std::error_code error;
   const std::string suffix = "." + id_text(id);
   fs::directory_iterator entry(condemned(), error);
   for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
     if (entry->path().filename().string().ends_with(suffix)) return entry->path().string();
   }
-  return {};
+  if (error && error != std::errc::no_such_file_or_directory) {
+    return fail_errno(error.value(), "cannot list {}", condemned());
+  }
+  return std::string();
 }
 
 }  // namespace vmsnap

@@ -30,11 +30,12 @@ struct StorePaths {
   std::string pack(const layout::ImageId& id) const;
 
   // Where the pack is now: under its name, waiting to be deleted, or in
-  // quarantine. ErrorCode::damaged if it is nowhere.
+  // quarantine. ErrorCode::damaged if it is nowhere; any other error says that
+  // it could not be looked for.
   Result<std::string> find_pack(const layout::ImageId& id) const;
   // Its path among those that wait to be deleted (EPOCH.ID); empty if it is
   // not there.
-  std::string find_condemned(const layout::ImageId& id) const;
+  Result<std::string> find_condemned(const layout::ImageId& id) const;
 };
 
 }  // namespace vmsnap

@@ -97,6 +97,7 @@ Status Repairer::look_at_packs() {
     VMSNAP_CHECK(check_interrupted());
     const auto path = paths_.find_pack(id);
     if (!path) {
+      if (!says_damage(path.error())) return tl::unexpected(path.error());
       bad_.insert(id);
       report_.missing_packs.push_back(id);
       say("Pack {} is missing; put it back into {} if there is a copy.", id_text(id),

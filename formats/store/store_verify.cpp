@@ -189,7 +189,7 @@ void StoreVerifier::measure_packs() {
   for (auto& [id, pack] : packs_) {
     struct stat status;
     const auto path = store_.paths().find_pack(id);
-    pack.missing = !path;
+    pack.missing = !path && says_damage(path.error());
     if (path && ::stat(path->c_str(), &status) == 0) {
       pack.bytes = static_cast<uint64_t>(status.st_size);
     }

@@ -121,7 +121,7 @@ Status StoreWriter::keep_old_packs() const {
     const layout::ImageId id = packs_.row(number).id;
     const std::string path = store_.paths().pack(id);
     if (::access(path.c_str(), F_OK) == 0) continue;
-    const std::string condemned = store_.paths().find_condemned(id);
+    const std::string condemned = VMSNAP_TRY(store_.paths().find_condemned(id));
     if (condemned.empty()) {
       // In quarantine since we looked at it, perhaps.
       VMSNAP_TRY(store_.paths().find_pack(id));

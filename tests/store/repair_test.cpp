@@ -1,3 +1,4 @@
+#include "formats/damage.h"
 #include "formats/image_file.h"
 #include "formats/store/store_repair.h"
 #include "formats/store/store_verify.h"
@@ -133,6 +134,28 @@ TEST_F(RepairingAStore, TellsOfMissingPacksAndGoesOn) {
   const StoreRepairReport report = repair_store(*store, {}).value();
   EXPECT_EQ(report.missing_packs.size(), 1u);
   EXPECT_EQ(report.indexed_packs, 1u);
+}
+
+TEST_F(RepairingAStore, WhatCannotBeLookedForIsNotMissing) {
+  const auto store = open();
+  const Written written = write(*store, texts(0, 10));
+  const std::string pack = pack_of(*store);
+  const auto reader = store->open_snapshot(written.id).value();
+  PageBytes page;
+  std::filesystem::rename(pack, pack + ".away");
+  std::filesystem::create_symlink(pack, pack);  // ELOOP, also for root
+  const auto unread = reader->read_page(0, page);
+  ASSERT_FALSE(unread);
+  EXPECT_FALSE(is_lasting(unread.error())) << unread.error().message();
+  EXPECT_EQ(verify_store(*store, {}).error().os_errno(), ELOOP);
+  EXPECT_EQ(repair_store(*store, {}).error().os_errno(), ELOOP);
+  std::filesystem::remove(pack);
+  const auto lost = reader->read_page(0, page);
+  ASSERT_FALSE(lost);
+  EXPECT_TRUE(is_lasting(lost.error())) << lost.error().message();
+  std::filesystem::rename(pack + ".away", pack);
+  EXPECT_TRUE(reader->read_page(0, page));
+  EXPECT_TRUE(verify_store(*store, {}).value().ok());
 }
 
 TEST_F(RepairingAStore, IsOneAtATime) {
