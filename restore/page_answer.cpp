@@ -1,5 +1,6 @@
 // The answers of PageServer to faults.
 
+#include "formats/damage.h"
 #include "formats/log.h"
 #include "formats/test_point.h"
 #include "restore/page_server.h"
@@ -7,9 +8,15 @@
 namespace vmsnap {
 
 Status PageServer::settle(const Fault& fault, std::span<std::byte> buffer) {
-  if (VMSNAP_TRY(answer(fault, buffer)) == Answer::again) {
-    postpone(fault);
-    return {};
+  switch (VMSNAP_TRY(answer(fault, buffer))) {
+    case Answer::again:
+      postpone(fault);
+      return {};
+    case Answer::later:
+      put_off(fault);
+      return {};
+    case Answer::done:
+      break;
   }
   faults_.fetch_add(1, std::memory_order_relaxed);
   latency_.add(Clock::now() - fault.seen);
@@ -23,6 +30,10 @@ Result<PageServer::Answer> PageServer::answer(const Fault& fault, std::span<std:
   Result<bool> has_data = false;
   if (marks_.wanted(first_page)) {
     has_data = read_unit(range, first_page, buffer.first(range.unit));
+    if (!has_data && !is_lasting(has_data.error())) {
+      log_delay(delay_, options_.vm, has_data.error());
+      return Answer::later;
+    }
     if (!has_data) return give_up(range, first_page, has_data.error().message());
     if (*has_data && options_.recorder) options_.recorder->add(first_page);
   }

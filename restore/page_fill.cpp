@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <utility>
 
 #include "formats/test_point.h"
 #include "restore/page_server.h"
@@ -23,17 +24,24 @@ constexpr auto recent = std::chrono::milliseconds(10);
 constexpr uint64_t small_piece = 16;
 constexpr uint64_t large_piece = DecodedExtent::max_pages;
 
+// After a round that could not read all.
+constexpr auto between_rounds = std::chrono::seconds(2);
+
 }  // namespace
 
 // A step of the fill, by the reader, when it has nothing else to do.
 Status PageServer::fill_some() {
   stalled_ = false;
-  if (!may_fill()) return {};
+  if (!wants_fill() || ms_to_fill() > 0) return {};
   if (!source_) VMSNAP_CHECK(start_source());
   const bool faulted = Clock::now() - last_fault_ < recent;
   VMSNAP_CHECK(fill(faulted ? small_piece : large_piece));
   if (!nothing_left()) return {};
   source_.reset();
+  if (std::exchange(skipped_, false)) {
+    fill_again_at_ = Clock::now() + between_rounds;
+    return {};
+  }
   filled_ = true;
   if (options_.prefetch != Prefetch::all) return {};
   VMSNAP_TEST_POINT("restore.filled");
@@ -44,26 +52,32 @@ Status PageServer::fill_some() {
   return {};
 }
 
-bool PageServer::may_fill() const {
+bool PageServer::wants_fill() const {
   return options_.prefetch != Prefetch::none && fill_.load() && !filled_;
+}
+
+int PageServer::ms_to_fill() const {
+  const auto left = std::chrono::ceil<std::chrono::milliseconds>(fill_again_at_ - Clock::now());
+  return static_cast<int>(std::max<int64_t>(left.count(), 0));
 }
 
 // Waits for events, or for something that can be filled.
 Status PageServer::wait_for_work() {
-  const bool to_begin = may_fill() && !source_;
-  const bool can_fill = to_begin || (source_ && (extent_ || source_->exhausted()));
   int timeout_ms = -1;
   if (stalled_) {
     // EAGAIN: the thread that removes memory has yet to run. It needs a CPU.
     timeout_ms = 1;
-  } else if (can_fill) {
+  } else if (source_ && (extent_ || source_->exhausted())) {
     timeout_ms = 0;
+  } else if (!source_ && wants_fill()) {
+    timeout_ms = ms_to_fill();
   }
-  pollfd fds[4] = {{uffd_.fd(), POLLIN, 0},
-                   {halt_.get(), POLLIN, 0},
-                   {begun_.get(), POLLIN, 0},
-                   {source_ && !extent_ ? source_->ready_fd() : -1, POLLIN, 0}};
-  if (::poll(fds, 4, timeout_ms) < 0 && errno != EINTR) {
+  pollfd fds[] = {{uffd_.fd(), POLLIN, 0},
+                  {halt_.get(), POLLIN, 0},
+                  {begun_.get(), POLLIN, 0},
+                  {source_ && !extent_ ? source_->ready_fd() : -1, POLLIN, 0},
+                  {retry_.get(), POLLIN, 0}};
+  if (::poll(fds, std::size(fds), timeout_ms) < 0 && errno != EINTR) {
     return fail_errno(errno, "cannot wait for page faults");
   }
   if (fds[0].revents & (POLLERR | POLLNVAL)) {
@@ -73,6 +87,7 @@ Status PageServer::wait_for_work() {
     uint64_t ignored;
     [[maybe_unused]] const ssize_t got = ::read(begun_.get(), &ignored, sizeof ignored);
   }
+  if (fds[4].revents) queue_put_off();
   return {};
 }
 
@@ -111,6 +126,11 @@ Result<uint64_t> PageServer::fill_piece(uint64_t budget) {
   switch (piece.state) {
     case State::zero:
       return piece.pages;  // absent is zero, or somebody has it
+    case State::later:
+      lock.unlock();
+      skipped_ = true;
+      log_delay(delay_, options_.vm, *extent_->delayed);
+      return piece.pages;
     case State::unreadable:
       lock.unlock();
       stalled_ = VMSNAP_TRY(give_up(range, first_page, "it is damaged")) == Answer::again;

@@ -16,7 +16,9 @@
 // A page is given whole (UFFDIO_COPY): a guest sees no page half filled. What
 // cannot be read back is poisoned (UFFDIO_POISON: SIGBUS, for a guest a memory
 // error); where the kernel has no poison the page stays missing and whoever
-// touches it waits. It is never replaced by zeros.
+// touches it waits. It is never replaced by zeros. What only cannot be read now
+// (no descriptor is free, a permission is missing) is neither: whoever touches it
+// waits while it is tried again, and so does the end of the fill.
 //
 // A page the guest gave back (REMOVE event) is zero from then on. Events are
 // raised for madvise(2) on the mapping; a hole punched by fallocate(2) alone
@@ -43,6 +45,7 @@
 
 #include "formats/image_reader.h"
 #include "formats/latency_histogram.h"
+#include "restore/episode.h"
 #include "restore/page_marks.h"
 #include "restore/page_source.h"
 #include "restore/working_set_recorder.h"
@@ -127,7 +130,8 @@ class PageServer {
     bool write_protected;  // the page is there, with the mark
     Clock::time_point seen;
   };
-  enum class Answer { done, again };
+  // again: the kernel wants events read first; later: it cannot be read now.
+  enum class Answer { done, again, later };
 
   Result<ServeEnd> run();
   Status prepare();
@@ -148,6 +152,8 @@ class PageServer {
   std::optional<Fault> take_queued();
   void queue_faults(std::span<const Fault> faults);
   void postpone(const Fault& fault);
+  void put_off(const Fault& fault);
+  void queue_put_off();
   Result<std::optional<Fault>> read_fault();
   std::optional<Fault> fault_of(const UffdEvent& event);
   void note_removals(const std::vector<UffdEvent>& events);
@@ -170,7 +176,8 @@ class PageServer {
     uint64_t pages;
   };
   Status fill_some();
-  bool may_fill() const;
+  bool wants_fill() const;
+  int ms_to_fill() const;
   Status wait_for_work();
   Status start_source();
   Status fill(uint64_t budget);
@@ -188,6 +195,7 @@ class PageServer {
   Fd called_;  // eventfd: something changed, for the thread in serve()
   Fd begun_;   // eventfd: begin_fill() was called, for the reader
   Fd halt_;    // eventfd: the answerers are to end
+  Fd retry_;   // timerfd: those put off are to be tried again
   std::atomic<bool> released_ = false;  // all is there, and the ranges are no longer watched
   std::atomic<bool> stop_ = false, fill_ = false, halted_ = false;
 
@@ -198,9 +206,10 @@ class PageServer {
   std::vector<std::thread> answerers_;
   std::atomic<uint64_t> turn_ = 0;       // see begin_answer()
   std::atomic<bool> unwatched_ = false;  // the thread in serve() is to be woken to watch
-  std::mutex queue_mutex_;               // of the next five
+  std::mutex queue_mutex_;               // of the next six
   std::condition_variable queue_changed_;
   std::deque<Fault> queue_;                // read, and nobody settles them yet
+  std::vector<Fault> put_off_;             // their pages cannot be read now
   std::optional<uint64_t> free_turn_ = 0;  // the reader's role is free, and turn_ is this
   unsigned idle_answerers_ = 0;
   std::optional<Error> failed_;                   // of an answerer
@@ -221,7 +230,10 @@ class PageServer {
   DecodedExtent* extent_ = nullptr;  // being copied by the fill
   uint64_t extent_done_ = 0;         // pages of it
   bool stalled_ = false;             // the last step got EAGAIN: do not spin
+  bool skipped_ = false;             // pages of this round could not be read now
+  Clock::time_point fill_again_at_;  // not before
 
+  Episode delay_;
   LatencyHistogram latency_;
   uint64_t data_pages_ = 0;
   std::atomic<bool> passed_half_ = false;

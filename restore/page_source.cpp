@@ -10,6 +10,7 @@
 #include <cstring>
 #include <utility>
 
+#include "formats/damage.h"
 #include "formats/store/recorded_working_set.h"
 
 namespace vmsnap {
@@ -204,19 +205,22 @@ bool PageSource::claim_of_rest(DecodedExtent& extent) {
 }
 
 void PageSource::decode(DecodedExtent& extent) const {
+  using enum DecodedExtent::State;
+  extent.delayed.reset();
+  const auto state_of = [&](uint64_t page, std::span<std::byte, page_size> out) {
+    if (!marks_.wanted(page)) return zero;
+    // What is in the way of one page is in the way of others: not tried each.
+    if (extent.delayed) return later;
+    const Result<PageKind> kind = reader_.read_page(page, out);
+    if (kind) return *kind == PageKind::data ? data : zero;
+    if (is_lasting(kind.error())) return unreadable;
+    extent.delayed = kind.error();
+    return later;
+  };
   for (uint64_t i = 0; i < extent.pages; ++i) {
-    const uint64_t page = extent.first_page + i;
     const std::span<std::byte, page_size> out(extent.bytes.get() + i * page_size, page_size);
-    extent.states[i] = DecodedExtent::State::zero;
-    if (marks_.wanted(page)) {
-      const Result<PageKind> kind = reader_.read_page(page, out);
-      if (kind && *kind == PageKind::data) {
-        extent.states[i] = DecodedExtent::State::data;
-        continue;
-      }
-      if (!kind) extent.states[i] = DecodedExtent::State::unreadable;
-    }
-    std::memset(out.data(), 0, out.size());
+    extent.states[i] = state_of(extent.first_page + i, out);
+    if (extent.states[i] != data) std::memset(out.data(), 0, out.size());
   }
 }
 

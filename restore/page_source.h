@@ -16,6 +16,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -53,12 +54,14 @@ Result<Prefetch> parse_prefetch(std::string_view name);
 
 struct DecodedExtent {
   static constexpr uint64_t max_pages = 512;
-  enum class State : uint8_t { zero, data, unreadable };
+  // later: it cannot be read now. Of a huge page the last of these counts.
+  enum class State : uint8_t { zero, data, later, unreadable };
 
   size_t range = 0;         // index into the served ranges
   uint64_t first_page = 0;  // image page
   uint64_t pages = 0;
   std::array<State, max_pages> states = {};
+  std::optional<Error> delayed;  // why some are `later`
   std::unique_ptr<std::byte[]> bytes;  // pages * 4096; zeros where the state is not `data`
 
   std::span<const std::byte> bytes_of(uint64_t index, uint64_t count) const {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 
+#include "formats/damage.h"
 #include "formats/log.h"
 #include "restore/farm/farm_server.h"
 
@@ -18,6 +19,8 @@ namespace {
 constexpr uint64_t zero_window = 16;
 // Read ahead when the page before is there, too.
 constexpr uint64_t ahead = 8;
+// After a round of the prefetch that could not read all.
+constexpr int between_rounds_ms = 2000;
 
 using PageBuffer = std::array<std::byte, page_size>;
 
@@ -29,6 +32,7 @@ void FarmServer::answer(Fault fault) {
     const Result<Answer> outcome = try_answer(fault);
     if (!outcome) return fail_clone(*fault.clone, outcome.error());
     if (*outcome == Answer::left) return;
+    if (*outcome == Answer::later) return put_off(std::move(fault));
     if (*outcome == Answer::done) break;
     // EAGAIN: the clone's thread that removes memory has yet to run, or there
     // is an event to read first.
@@ -59,6 +63,10 @@ Result<FarmServer::Answer> FarmServer::try_answer(const Fault& fault) {
 Result<FarmServer::Answer> FarmServer::bring(const Fault& fault) {
   PageBuffer bytes;
   const Result<PageKind> kind = reader_.read_page(fault.page, bytes);
+  if (!kind && !is_lasting(kind.error())) {
+    log_delay(delay_, "the clones", kind.error());
+    return Answer::later;
+  }
   if (!kind) return give_up(fault, kind.error());
   if (*kind == PageKind::zero) {
     // Before the clone goes on, and asks for the next of them.
@@ -185,23 +193,42 @@ void FarmServer::read_ahead(uint64_t page) {
 void FarmServer::run_prefetch() {
   ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), 5);
   for (const auto& [first, count] : cache_.present()) wanted_.set_resolved(first, count);
+  for (;;) {
+    const Result<bool> all_read = prefetch_round();
+    if (!all_read) {
+      return log_warning("nothing more is loaded ahead: {}", all_read.error().message());
+    }
+    if (*all_read) break;
+    pollfd wait = {stopped_.get(), POLLIN, 0};
+    ::poll(&wait, 1, between_rounds_ms);
+  }
+  prefetch_done_.store(true);
+}
+
+// True: nothing is left to load, or no room. False: some could not be read now.
+Result<bool> FarmServer::prefetch_round() {
   // As if all of the image were one range.
   const std::vector<ServedRange> all = {
       {{RemotePtr(page_size), reader_.page_count() * page_size}, 0, page_size, "the image"}};
-  auto source = PageSource::start(reader_, wanted_, all, options_.prefetch, /*threads=*/0);
-  if (!source) return log_warning("nothing is loaded ahead: {}", source.error().message());
-  while (!stop_.load() && !(*source)->exhausted() && cache_.room() > DecodedExtent::max_pages) {
-    DecodedExtent* extent = (*source)->take();
+  const auto source =
+      VMSNAP_TRY(PageSource::start(reader_, wanted_, all, options_.prefetch, /*threads=*/0));
+  bool all_read = true;
+  while (!stop_.load() && !source->exhausted() && cache_.room() > DecodedExtent::max_pages) {
+    DecodedExtent* extent = source->take();
     if (!extent) {
-      pollfd waits[2] = {{(*source)->ready_fd(), POLLIN, 0}, {stopped_.get(), POLLIN, 0}};
+      pollfd waits[2] = {{source->ready_fd(), POLLIN, 0}, {stopped_.get(), POLLIN, 0}};
       ::poll(waits, 2, 1000);
       continue;
     }
+    if (extent->delayed) {
+      all_read = false;
+      log_delay(delay_, "the clones", *extent->delayed);
+    }
     const Status put = prefetch_extent(*extent);
-    (*source)->give_back(extent);
-    if (!put) return log_warning("nothing more is loaded ahead: {}", put.error().message());
+    source->give_back(extent);
+    VMSNAP_CHECK(put);
   }
-  prefetch_done_.store(true);
+  return all_read || stop_.load();
 }
 
 // In small pieces: faults are put in between.

@@ -12,6 +12,7 @@
 //   and he gave it back before   gets zeros
 //   and another gave it back     gets a copy of his own
 //   and it cannot be read back   is given poison: SIGBUS, a memory error
+//   and it cannot be read now    waits; it is tried again
 //
 // Order: events of a clone are read and its removals marked under its lock,
 // held alone; image content is copied into a clone itself only under the same
@@ -34,6 +35,7 @@
 
 #include "formats/image_reader.h"
 #include "formats/latency_histogram.h"
+#include "restore/episode.h"
 #include "restore/farm/in_flight.h"
 #include "restore/farm/page_cache.h"
 #include "restore/page_marks.h"
@@ -92,7 +94,9 @@ class FarmServer {
     uint64_t page = 0;  // of the image
     Clock::time_point seen;
   };
-  enum class Answer { done, again, left };  // left: with who reads the page
+  // again: there are events to read first; later: the page cannot be read now;
+  // left: with who reads it.
+  enum class Answer { done, again, later, left };
 
   void run_thread();
   void serve_clone(uint64_t number);
@@ -109,17 +113,21 @@ class FarmServer {
   void read_ahead(uint64_t page);
   void push(std::vector<Fault> faults);
   bool pop(Fault* fault);
+  void put_off(Fault fault);
+  void push_put_off();
   ClonePtr find(uint64_t number) const;
   void drop(uint64_t number);
   void fail_clone(Clone& clone, const Error& error);
 
   void run_prefetch();
+  Result<bool> prefetch_round();
   Status prefetch_extent(const DecodedExtent& extent);
 
   const ImageReader& reader_;
   PageCache& cache_;
   const FarmServerOptions options_;
   Fd epoll_, queued_, stopped_;  // the latter two: eventfds
+  Fd retry_;                     // timerfd: those put off are to be tried again
   std::atomic<bool> stop_ = false;
   std::vector<std::thread> threads_;
   InFlight<Fault> in_flight_;
@@ -130,10 +138,12 @@ class FarmServer {
 
   std::mutex queue_mutex_;
   std::vector<Fault> queue_;
+  std::vector<Fault> put_off_;  // their pages cannot be read now
 
   PageMarks wanted_;  // for the source: what was put already
   std::atomic<uint64_t> read_ = 0, read_ahead_ = 0, prefetched_ = 0;
   std::atomic<bool> prefetch_done_ = false;
+  Episode delay_;
   LatencyHistogram latency_;
 };
 

@@ -1,8 +1,10 @@
 #include "restore/farm/farm_server.h"
 
+#include <cerrno>
 #include <random>
 #include <thread>
 
+#include "formats/log.h"
 #include "tests/restore/served_child.h"
 
 namespace vmsnap {
@@ -181,6 +183,37 @@ TEST_F(FarmServerTest, WhatCannotBeReadIsPoison) {
   EXPECT_EQ(clones_[1]->read(100), std::nullopt);
   EXPECT_EQ(clones_[1]->read(101), expected_page(101));
   EXPECT_EQ(of_clone(0)["poisoned"], 1);
+}
+
+TEST_F(FarmServerTest, WhatCannotBeReadNowIsWaitedFor) {
+  std::atomic<int> error_number = ENOMEM;
+  std::atomic<int> lines = 0;
+  set_log_sink([&](LogLevel, std::string_view line) {
+    EXPECT_NE(line.find("cannot open the pack"), std::string::npos) << line;
+    ++lines;
+  });
+  image_ = testing::open_failing_image(folder_ / "image", error_number);
+  serve({.prefetch = Prefetch::all, .threads = 2});
+  for (auto& clone : clones_) {
+    for (const uint64_t page : {100, 101, 103, 104}) clone->begin_read(page);
+    EXPECT_EQ(clone->read(300), Page{}) << "a page of zeros, which needs no pack";
+  }
+  while (lines == 0) std::this_thread::yield();
+  EXPECT_FALSE(clones_[0]->has_read(100));
+  EXPECT_FALSE(server_->status()["prefetch_done"].get<bool>());
+  error_number = 0;
+  for (auto& clone : clones_) {
+    for (const uint64_t page : {100, 101, 103, 104}) {
+      while (!clone->has_read(page)) std::this_thread::yield();
+      EXPECT_EQ(clone->shown(page), expected_page(page)) << page;
+    }
+  }
+  while (!server_->status()["prefetch_done"].get<bool>()) std::this_thread::yield();
+  EXPECT_EQ(total("resident_pages"), pages - image_->summary().zero_pages);
+  EXPECT_EQ(of_clone(0)["poisoned"], 0);
+  end();
+  set_log_sink({});
+  EXPECT_EQ(lines, 1);
 }
 
 // Reads, writes and pages given back, in any order, across page servers and

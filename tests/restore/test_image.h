@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
@@ -84,6 +85,31 @@ inline std::unique_ptr<ImageReader> open_image(const std::string& path) {
     std::abort();
   }
   return *std::move(reader);
+}
+
+// Frames of an image's own that cannot be read while `error_number`, of
+// open(2) say, is not 0.
+class FailingFrames : public FrameFiles {
+ public:
+  FailingFrames(const ImageFile& file, const std::atomic<int>& error_number)
+      : own_(file.own_frames(), file.header().id), error_number_(error_number) {}
+  Result<FrameSource> source(uint64_t pack) const override {
+    const int failed = error_number_.load();
+    if (failed != 0) return fail_errno(failed, "cannot open the pack");
+    return own_.source(pack);
+  }
+  Result<layout::ImageId> file_id(uint64_t pack) const override { return own_.file_id(pack); }
+
+ private:
+  const OwnFrames own_;
+  const std::atomic<int>& error_number_;
+};
+
+inline std::unique_ptr<ImageReader> open_failing_image(const std::string& path,
+                                                       const std::atomic<int>& error_number) {
+  ImageFile file = *ImageFile::open(path);
+  auto frames = std::make_unique<FailingFrames>(file, error_number);
+  return *ImageReader::open(std::move(file), std::move(frames));
 }
 
 // Damages the stored bytes of one data page: finds them by looking for which
