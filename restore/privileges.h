@@ -12,8 +12,9 @@ namespace vmsnap {
 // executing a program (no_new_privs), no capabilities, none in the bounding and
 // ambient sets. The user id stays, so that our own files can still be opened:
 // the packs of a store are, when they are first needed. For the same reason
-// CAP_DAC_READ_SEARCH stays if one of `read` is another's, and CAP_DAC_OVERRIDE
-// if one of `written` is. Irrevocable.
+// CAP_DAC_READ_SEARCH stays if one of `read`, files or directories, is another's
+// or cannot be reached without it, and CAP_DAC_OVERRIDE if one of `written` is.
+// Nothing to read is at a path where nothing is. Irrevocable.
 //
 // Sources: capabilities(7), capset(2), prctl(2).
 Status drop_privileges(const std::vector<std::string>& read,

@@ -208,7 +208,7 @@ Status serve(const ServeOptions& options, CommandContext& context) {
   const auto image = VMSNAP_TRY(open_image(options.image));
   const Fd listener = VMSNAP_TRY(listen_on(options.socket));
   const SocketFile file(options.socket);
-  VMSNAP_CHECK(drop_privileges({image->path()}));
+  VMSNAP_CHECK(drop_privileges(paths_of(*image)));
   context.out << fmt::format("serving {} ({} pages) on {}\n", image->path(), image->page_count(),
                              options.socket)
               << std::flush;

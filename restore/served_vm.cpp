@@ -13,6 +13,7 @@
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
+#include "formats/store/image_argument.h"
 #include "formats/store/recorded_working_set.h"
 #include "formats/test_point.h"
 #include "formats/working_set_file.h"
@@ -186,7 +187,7 @@ Result<UffdCloser> give_up_privileges(const ServedVm& vm) {
   if (vm.record.record_working_set) {
     written.push_back(std::filesystem::path(working_set_path(*vm.image)).parent_path());
   }
-  VMSNAP_CHECK(drop_privileges({vm.image->path()}, written));
+  VMSNAP_CHECK(drop_privileges(paths_of(*vm.image), written));
   return closer;
 }
 

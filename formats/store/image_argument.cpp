@@ -1,11 +1,10 @@
 #include "formats/store/image_argument.h"
 
 #include <filesystem>
-#include <system_error>
 
 #include "formats/duration.h"
 #include "formats/store/manifest.h"
-#include "formats/store/pack_file.h"
+#include "formats/store/store_paths.h"
 
 namespace vmsnap {
 
@@ -18,17 +17,6 @@ Result<std::unique_ptr<ImageReader>> open_in_store(const StoreOptions& options,
   const std::shared_ptr<const Store> store = VMSNAP_TRY(Store::open(options));
   const std::string id = VMSNAP_TRY(resolve_snapshot(*store, Where::snapshots, name, vm));
   return store->open_snapshot(id, store);
-}
-
-// DIR of DIR/snapshots/ID, if DIR is a store; else empty.
-std::string store_around(const fs::path& path) {
-  layout::ImageId id;
-  std::error_code error;
-  const fs::path store = path.parent_path().parent_path();
-  const bool is_one = parse_id(path.filename().string(), id) &&
-                      path.parent_path().filename() == "snapshots" &&
-                      fs::exists(store / "store.json", error);
-  return is_one ? store.string() : std::string();
 }
 
 }  // namespace
@@ -72,9 +60,17 @@ Result<std::unique_ptr<ImageReader>> open_image(const ImageArgument& argument) {
     return open_in_store(argument.store.options(), argument.name, argument.vm);
   }
   const fs::path path = fs::absolute(argument.name);
-  const std::string around = store_around(path);
-  if (around.empty()) return ImageReader::open(argument.name);
+  const std::string around = store_around(path.string());
+  if (around.empty() || path.parent_path().filename() != "snapshots") return ImageReader::open(argument.name);
   return open_in_store({around, argument.store.key}, path.filename().string(), {});
+}
+
+std::vector<std::string> paths_of(const ImageReader& image) {
+  std::vector<std::string> paths = {image.path()};
+  const StorePaths store = {store_around(image.path())};
+  if (store.root.empty()) return paths;
+  paths.insert(paths.end(), {store.root, store.packs(), store.condemned(), store.quarantine()});
+  return paths;
 }
 
 }  // namespace vmsnap

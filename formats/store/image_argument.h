@@ -5,6 +5,7 @@
 #include <chrono>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "formats/error.h"
 #include "formats/image_reader.h"
@@ -43,5 +44,9 @@ CLI::Option* add_image_argument(CLI::App& command, ImageArgument& argument);
 // A path may also be that of a snapshot in a store, as ImageReader::path()
 // says it: the store around it is opened then. The reader keeps its store open.
 Result<std::unique_ptr<ImageReader>> open_image(const ImageArgument& argument);
+
+// The image's file and, of a snapshot in a store, the directories in which its
+// packs may be: what is still to be opened when it is read.
+std::vector<std::string> paths_of(const ImageReader& image);
 
 }  // namespace vmsnap

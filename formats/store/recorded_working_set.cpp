@@ -4,7 +4,6 @@
 
 #include <cerrno>
 #include <filesystem>
-#include <system_error>
 
 #include "formats/log.h"
 #include "formats/store/pack_file.h"
@@ -27,15 +26,9 @@ Result<layout::ImageId> image_id_of(const ImageReader& image) {
 
 std::string working_set_path(const ImageReader& image) {
   const fs::path path = fs::absolute(image.path());
-  const fs::path folder = path.parent_path();
-  layout::ImageId id;
-  std::error_code error;
-  // DIR/snapshots/ID; or DIR/trash/ID, if it was removed while a VM runs from it.
-  const bool in_store = parse_id(path.filename().string(), id) &&
-                        (folder.filename() == "snapshots" || folder.filename() == "trash") &&
-                        fs::exists(folder.parent_path() / "store.json", error);
-  if (!in_store) return path.string() + ".working-set";
-  return StorePaths{folder.parent_path().string()}.working_set(path.filename().string());
+  const std::string store = store_around(path.string());
+  if (store.empty()) return path.string() + ".working-set";
+  return StorePaths{store}.working_set(path.filename().string());
 }
 
 Result<std::vector<uint64_t>> best_working_set(const ImageReader& image) {

@@ -4,6 +4,7 @@
 #include <system_error>
 
 #include "formats/image_file.h"
+#include "formats/store/pack_file.h"
 
 namespace vmsnap {
 
@@ -51,6 +52,17 @@ Result<std::string> StorePaths::find_condemned(const layout::ImageId& id) const 
     return fail_errno(error.value(), "cannot list {}", condemned());
   }
   return std::string();
+}
+
+std::string store_around(const std::string& manifest) {
+  const fs::path path = fs::absolute(manifest);
+  const fs::path folder = path.parent_path();
+  layout::ImageId id;
+  std::error_code error;
+  const bool is_one = parse_id(path.filename().string(), id) &&
+                      (folder.filename() == "snapshots" || folder.filename() == "trash") &&
+                      fs::exists(folder.parent_path() / "store.json", error);
+  return is_one ? folder.parent_path().string() : std::string();
 }
 
 }  // namespace vmsnap

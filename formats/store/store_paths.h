@@ -38,4 +38,8 @@ struct StorePaths {
   Result<std::string> find_condemned(const layout::ImageId& id) const;
 };
 
+// DIR of DIR/snapshots/ID, or of DIR/trash/ID if it was removed while somebody
+// reads it, if DIR is a store; else empty.
+std::string store_around(const std::string& manifest);
+
 }  // namespace vmsnap

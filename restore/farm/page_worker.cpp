@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "formats/log.h"
+#include "formats/store/image_argument.h"
 #include "restore/farm/farm_link.h"
 #include "restore/farm/farm_server.h"
 #include "restore/privileges.h"
@@ -67,7 +68,9 @@ Status PageWorker::run(std::vector<KeptClone> clones, int link) {
   server_ = std::make_unique<FarmServer>(setup_.image, *cache_,
                                          FarmServerOptions{.prefetch = setup_.record.prefetch});
   // Before the threads are made. The cache's userfaultfd is there by now.
-  VMSNAP_CHECK(drop_privileges({setup_.record.image}));
+  std::vector<std::string> read = paths_of(setup_.image);
+  read.push_back(setup_.run_dir);  // the clones' own are made by us
+  VMSNAP_CHECK(drop_privileges(read));
   VMSNAP_CHECK(server_->start());
   for (KeptClone& clone : clones) {
     Fd pidfd(::fcntl(clone.process.pidfd(), F_DUPFD_CLOEXEC, 0));

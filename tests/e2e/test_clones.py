@@ -299,6 +299,19 @@ def test_balloon_gives_zeros_to_one_alone(world):
     farm.stop()
 
 
+def test_run_directory_of_another(world):
+    """Its page server, which has no privileges, gets to what the clones have in it."""
+    image = ordered_image(world)
+    farm = Farm(world, image)
+    farm.dir.mkdir(mode=0o700)
+    os.chown(farm.dir, 65534, -1)
+    for clone in farm.add(2):
+        victims.check_ordered_live(world, clone)
+    checks.assert_unprivileged(farm.server()["server_pid"], checks.CAP_DAC_READ_SEARCH)
+    farm.stop()
+    farm.assert_gone()
+
+
 def test_damaged_pages_are_poison_not_zeros(world):
     image = ordered_image(world)
     raw = harness.export(world, image)

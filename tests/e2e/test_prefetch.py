@@ -182,6 +182,19 @@ def test_a_server_in_the_background_has_no_privileges(world, image, owner):
     checks.assert_running(copy)
 
 
+def test_a_run_directory_below_that_of_another(world, image):
+    """What became of the VM is written down there all the same."""
+    above = world.directory("home")
+    above.chmod(0o700)
+    os.chown(above, 65534, -1)
+    run_dir = above / "run"
+    world.vmsnap("restore", image, "--run-dir", run_dir, "--detach").expect("ok")
+    copy = qemu.restored(run_dir)
+    harness.wait_until(lambda: not world.vmsnap_processes(), "its end")
+    assert restore_json(run_dir)["phase"] == "complete"
+    checks.assert_running(copy)
+
+
 def test_a_killed_recorder_is_taken_over(world, image):
     """The pages before stay known, if not their order; SIGTERM writes."""
     record = image.with_name(image.name + ".working-set")

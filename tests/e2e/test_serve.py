@@ -123,6 +123,22 @@ def test_packs_of_a_store_are_opened_without_privileges(world, image, sealed, ow
     checks.assert_unprivileged(run.pid, checks.CAP_DAC_READ_SEARCH if owner else 0)
 
 
+@pytest.mark.parametrize("which", ["store", "packs", "above"])
+def test_packs_in_a_directory_of_another(world, image, which):
+    """The files are ours, but without privileges nobody gets to them."""
+    path, raw = image
+    above = world.directory("home")
+    store = above / "store"
+    world.vmsnap("import", path, "--store", store).expect("ok")
+    folder = {"store": store, "packs": store / "packs", "above": above}[which]
+    folder.chmod(0o700)
+    os.chown(folder, 65534, -1)
+    run, socket = serve(world, "latest", "--store", store)
+    client = connect(world, socket, [(0, 16 * MIB)])
+    assert read_back(world, client, 0, 16 * MIB) == raw
+    checks.assert_unprivileged(run.pid, checks.CAP_DAC_READ_SEARCH)
+
+
 BAD_HANDSHAKES = {
     "not JSON": "hello, is this the page server?",
     "not an array": '{"base_host_virt_addr": 4096}',
