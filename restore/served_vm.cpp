@@ -149,6 +149,13 @@ Status conclude(ServedVm& vm, const Result<ServeEnd>& end, const PageServerCount
     vm.record.phase = RestorePhase::ended;
     VMSNAP_CHECK(vm.dir.write(vm.record));
     vm.dir.finish();
+    if (const uint64_t lost = counters.poisoned + counters.left_missing; lost > 0) {
+      return tl::unexpected(
+          Error(ErrorCode::poisoned,
+                fmt::format("{} pages of {} could not be read back for process {}, which has ended",
+                            lost, vm.record.image, vm.record.pid))
+              .with_remedy("vmsnap verify names what is damaged."));
+    }
     if (vm.record.prefetch != Prefetch::all) return {};
     return fail(ErrorCode::vm, "process {} ended before all of its memory was there",
                 vm.record.pid);
@@ -304,7 +311,8 @@ Status serve_to_end(ServedVm& vm, std::unique_ptr<Serving> serving, const ServeM
     const Status concluded = conclude(vm, end, counters, [&] {
       return close_in_process(vm.process, vm.record.uffd);
     });
-    if (concluded || (end && *end == ServeEnd::filled)) {
+    const bool lost = !concluded && concluded.error().code() == ErrorCode::poisoned;
+    if (concluded || lost || (end && *end == ServeEnd::filled)) {
       print_summary(vm, counters, manner, context);
     }
     return concluded;

@@ -129,6 +129,7 @@ class CloneStarter {
   Status collect(Until until, size_t at_most);
   void hear(Started& clone) const;
   void print() const;
+  Status what_was_lost() const;
   Status wait_for_the_end() const;
 
   const CloneOptions& options_;
@@ -269,10 +270,19 @@ void CloneStarter::print() const {
   context_.out.flush();
 }
 
+Status CloneStarter::what_was_lost() const {
+  const auto record = farm_->read();
+  if (!record || record->unreadable == 0) return {};  // or the directory was removed
+  return tl::unexpected(
+      Error(ErrorCode::poisoned, fmt::format("{} pages of {} could not be read back for the clones",
+                                             record->unreadable, image_->path()))
+          .with_remedy("vmsnap verify names what is damaged."));
+}
+
 Status CloneStarter::wait_for_the_end() const {
   // The keeper removes its socket when the last clone has gone.
   while (!interrupted()) {
-    if (!connect_for_messages(farm_->socket())) return {};
+    if (!connect_for_messages(farm_->socket())) return what_was_lost();
     for (int i = 0; i < 10 && !interrupted(); ++i) {
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
     }

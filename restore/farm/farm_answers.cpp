@@ -157,6 +157,7 @@ Result<FarmServer::Answer> FarmServer::give_up(const Fault& fault, const Error& 
     return Answer::again;
   }
   clone.poisoned.fetch_add(1, std::memory_order_relaxed);
+  unreadable_.fetch_add(1, std::memory_order_relaxed);
   log_line(LogLevel::error,
            fmt::format("clone {}: the page at offset {:#x} of {} cannot be read back: {}. {}",
                        clone.what.name, (fault.page - range.first_page) * page_size, range.name,

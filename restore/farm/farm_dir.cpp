@@ -36,6 +36,10 @@ Result<FarmRecord> farm_record_from_json(const nlohmann::json& json) {
   record.prefetch = *prefetch;
   record.memory = VMSNAP_TRY(number_field(json, "memory", ~uint64_t{0}));
   record.keeper_pid = static_cast<pid_t>(VMSNAP_TRY(number_field(json, "keeper_pid", 1 << 22)));
+  // Not there: an older vmsnap wrote it.
+  if (json.contains("unreadable")) {
+    record.unreadable = VMSNAP_TRY(number_field(json, "unreadable", ~uint64_t{0}));
+  }
   return record;
 }
 
@@ -66,7 +70,8 @@ Status FarmDir::write(const FarmRecord& record) const {
                                {"image_id", record.image_id},
                                {"prefetch", prefetch_name(record.prefetch)},
                                {"memory", record.memory},
-                               {"keeper_pid", static_cast<uint64_t>(record.keeper_pid)}};
+                               {"keeper_pid", static_cast<uint64_t>(record.keeper_pid)},
+                               {"unreadable", record.unreadable}};
   return write_small_file(file("farm.json"),
                           json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
 }

@@ -28,6 +28,7 @@ struct FarmRecord {
   Prefetch prefetch = Prefetch::all;
   uint64_t memory = 0;  // limit of the shared pages, bytes; 0: none
   pid_t keeper_pid = 0;
+  uint64_t unreadable = 0;  // pages that clones wanted and that could not be read back
 };
 
 class FarmDir {

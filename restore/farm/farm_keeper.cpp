@@ -42,6 +42,7 @@ class Keeper {
   bool serve_connection(int socket);
   Result<LinkMessage> answer(const nlohmann::json& request);
   void bury_the_dead();
+  void note_unreadable();
 
   FarmSetup setup_;
   Fd listener_;
@@ -51,6 +52,7 @@ class Keeper {
   PageWorkerLink link_;
   Clock::time_point worker_started_;
   uint64_t restarts_ = 0;
+  uint64_t unreadable_before_ = 0;  // noted of page servers that are dead
   int quick_deaths_ = 0;
 };
 
@@ -104,6 +106,7 @@ void Keeper::see_after_worker() {
   if (::waitpid(worker_, &how, WNOHANG) != worker_) return;
   link_ = PageWorkerLink();
   worker_ = -1;
+  unreadable_before_ = setup_.record.unreadable;
   log_warning("the page server {} {}; another one takes over",
               WIFSIGNALED(how) ? "was killed by signal" : "ended with status",
               WIFSIGNALED(how) ? WTERMSIG(how) : WEXITSTATUS(how));
@@ -119,6 +122,7 @@ void Keeper::see_after_worker() {
 }
 
 void Keeper::bury_the_dead() {
+  const size_t before = clones_.size();
   for (auto clone = clones_.begin(); clone != clones_.end();) {
     if (clone->process.alive()) {
       ++clone;
@@ -133,6 +137,20 @@ void Keeper::bury_the_dead() {
       dir->finish();
     }
     clone = clones_.erase(clone);
+  }
+  if (clones_.size() < before) note_unreadable();
+}
+
+// For who waits for the end of the clones.
+void Keeper::note_unreadable() {
+  if (!link_) return;
+  const auto status = link_.status();
+  if (!status) return;
+  const uint64_t unreadable = unreadable_before_ + status->value("unreadable_pages", uint64_t{0});
+  if (unreadable == setup_.record.unreadable) return;
+  setup_.record.unreadable = unreadable;
+  if (const Status written = setup_.dir.write(setup_.record); !written) {
+    log_warning("{}", written.error().message());
   }
 }
 

@@ -140,6 +140,7 @@ nlohmann::json FarmServer::status() const {
           {"read_pages", read_.load()},
           {"read_ahead_pages", read_ahead_.load()},
           {"prefetched_pages", prefetched_.load()},
+          {"unreadable_pages", unreadable_.load()},
           {"prefetch_done", prefetch_done_.load()},
           {"faults", latency_.count()},
           {"fault_us",

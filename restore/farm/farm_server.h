@@ -142,6 +142,7 @@ class FarmServer {
 
   PageMarks wanted_;  // for the source: what was put already
   std::atomic<uint64_t> read_ = 0, read_ahead_ = 0, prefetched_ = 0;
+  std::atomic<uint64_t> unreadable_ = 0;  // given up, for clones that have ended, too
   std::atomic<bool> prefetch_done_ = false;
   Episode delay_;
   LatencyHistogram latency_;

@@ -1,6 +1,7 @@
 """Clones: many VMs from one image, on one memory."""
 
 import ctypes
+import json
 import os
 import random
 import signal
@@ -312,7 +313,8 @@ def test_run_directory_of_another(world):
     farm.assert_gone()
 
 
-def test_damaged_pages_are_poison_not_zeros(world):
+def damaged_image(world):
+    """And what it was before."""
     image = ordered_image(world)
     raw = harness.export(world, image)
     with open(image, "r+b") as file:
@@ -321,21 +323,54 @@ def test_damaged_pages_are_poison_not_zeros(world):
         for _ in range(20):
             file.seek(random.randrange(size // 8, size // 2))
             file.write(os.urandom(64))
-    farm = Farm(world, image)
-    clone, = farm.add(1, "--start-paused")
-    expected = victims.guest_physical(world, image, raw)
+    return image, victims.guest_physical(world, image, raw)
+
+
+def count_poisoned(machine, expected):
+    """Pages that cannot be read; the others must be right."""
     poisoned = 0
     with open(expected, "rb") as file:
-        host = clone.host_address(victims.ORDERED_START)
+        host = machine.host_address(victims.ORDERED_START)
         for at in range(0, victims.ORDERED_END - victims.ORDERED_START, PAGE):
             want = file.read(PAGE)
             try:
-                assert read_waiting(clone.pid, host + at, PAGE) == want, f"wrong at {at:#x}"
+                assert read_waiting(machine.pid, host + at, PAGE) == want, f"wrong at {at:#x}"
             except OSError:
                 poisoned += 1
+    return poisoned
+
+
+def test_damaged_pages_are_poison_not_zeros(world):
+    image, expected = damaged_image(world)
+    farm = Farm(world, image)
+    clone, = farm.add(1, "--start-paused")
+    poisoned = count_poisoned(clone, expected)
     assert poisoned > 0
     assert farm.server()["clones"][0]["poisoned"] >= poisoned
     farm.stop()
+
+
+@pytest.mark.parametrize("options", [["--clones", 1], ["--prefetch", "none"]],
+                         ids=["clone", "vm"])
+def test_the_exit_status_tells_of_poison(world, options):
+    """Also if the VM ends before its memory is there, or is served to its end."""
+    image, expected = damaged_image(world)
+    run_dir = world.path("run")
+    run = world.start_vmsnap("restore", image, "--run-dir", run_dir, "--start-paused", *options)
+    machine_dir = run_dir / "1" if "--clones" in options else run_dir
+
+    def ready():
+        assert run.process.poll() is None, f"ended: {run.wait()}"
+        try:
+            record = json.loads((machine_dir / "restore.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return False
+        return record["phase"] in ("running", "loaded") and record["ready_ms"] > 0
+    harness.wait_until(ready, "the VM")
+    machine = qemu.restored(machine_dir)
+    assert count_poisoned(machine, expected) > 0
+    os.kill(machine.pid, signal.SIGKILL)
+    assert "could not be read back" in run.wait().expect("poisoned").err
 
 
 @pytest.mark.parametrize("point", ["restore.start", "restore.launched", "restore.registered",

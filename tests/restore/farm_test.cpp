@@ -48,13 +48,14 @@ TEST(FarmDir, WritesAndReadsItsRecord) {
   const testing::TemporaryDirectory folder;
   const FarmDir dir = *FarmDir::make(folder / "farm");
   EXPECT_EQ(FarmDir::open(folder / "farm").error().code(), ErrorCode::usage);
-  ASSERT_TRUE(dir.write({"/a/b.img", "id", Prefetch::working_set, 1 << 20, 42}));
+  ASSERT_TRUE(dir.write({"/a/b.img", "id", Prefetch::working_set, 1 << 20, 42, 7}));
   const FarmRecord record = *FarmDir::open(folder / "farm")->read();
   EXPECT_EQ(record.image, "/a/b.img");
   EXPECT_EQ(record.image_id, "id");
   EXPECT_EQ(record.prefetch, Prefetch::working_set);
   EXPECT_EQ(record.memory, 1U << 20);
   EXPECT_EQ(record.keeper_pid, 42);
+  EXPECT_EQ(record.unreadable, 7U);
 }
 
 TEST(FarmDir, BelievesNothing) {
