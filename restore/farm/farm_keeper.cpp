@@ -16,6 +16,7 @@
 #include "restore/background.h"
 #include "restore/farm/farm_link.h"
 #include "restore/farm/page_worker.h"
+#include "restore/record_fields.h"
 #include "snap/vmm/handover.h"
 
 namespace vmsnap {
@@ -56,8 +57,16 @@ class Keeper {
   int quick_deaths_ = 0;
 };
 
-// Believes nothing of the clone's directory that it has not checked.
+// Believes nothing of the clone's directory that it has not checked, and
+// nothing of its name.
 Status Keeper::take_up(const std::string& name) {
+  const std::vector<std::string> there = setup_.dir.clones();
+  if (std::ranges::find(there, name) == there.end()) {
+    return fail(ErrorCode::usage, "{} has no clone \"{}\"", setup_.dir.path(), name);
+  }
+  if (std::ranges::find(clones_, name, &KeptClone::name) != clones_.end()) {
+    return fail(ErrorCode::exists, "clone {} is served already", name);
+  }
   const RestoreRecord record = VMSNAP_TRY(read_restore_record(setup_.dir.file(name)));
   if (!record.clone || record.phase < RestorePhase::registered || record.uffd < 0) {
     return fail(ErrorCode::damaged, "clone {} is not ready to be served", name);
@@ -160,7 +169,7 @@ Result<LinkMessage> Keeper::answer(const nlohmann::json& request) {
   if (what == "memory") {
     reply.descriptors.push_back(VMSNAP_TRY(setup_.memory.open_for_clone()));
   } else if (what == "join") {
-    VMSNAP_CHECK(take_up(request.value("clone", "")));
+    VMSNAP_CHECK(take_up(VMSNAP_TRY(text_field(request, "clone"))));
   } else if (what == "status") {
     if (!link_) return fail(ErrorCode::vm, "there is no page server at the moment");
     reply.json = VMSNAP_TRY(link_.status());
@@ -206,6 +215,8 @@ Status Keeper::wait() {
   if (waits[0].revents) {
     Fd connection(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
     if (connection) connections_.push_back(std::move(connection));
+    // No descriptor is free: who waits makes the listener ready again at once.
+    else ::usleep(100'000);
   }
   return {};
 }

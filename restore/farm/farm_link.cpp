@@ -23,9 +23,11 @@ Status send_message(int socket, const nlohmann::json& json, const std::vector<in
   const std::string text =
       json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   if (text.size() > max_message) return fail(ErrorCode::usage, "a message is too long");
-  if (send_with_descriptors(socket, std::as_bytes(std::span(text)), descriptors) ==
-      static_cast<ssize_t>(text.size())) {
-    return {};
+  const ssize_t sent = send_with_descriptors(socket, std::as_bytes(std::span(text)), descriptors,
+                                             MSG_DONTWAIT);
+  if (sent == static_cast<ssize_t>(text.size())) return {};
+  if (sent < 0 && errno == EAGAIN) {
+    return fail(ErrorCode::vm, "the other process of the farm does not read what it is sent");
   }
   return fail(ErrorCode::vm, "the other process of the farm is gone");
 }

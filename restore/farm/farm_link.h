@@ -3,7 +3,7 @@
 // (SOCK_SEQPACKET). A request is an object with "do"; its answer has "error"
 // or what was asked for.
 //
-// Blocking, with a limit. Either end may be dead: that is an error value, never
+// Receiving waits, with a limit. Either end may be dead: that is an error value, never
 // a signal. What comes in is bounded before it is parsed.
 #pragma once
 
@@ -22,7 +22,7 @@ struct LinkMessage {
   std::vector<Fd> descriptors;  // at most eight
 };
 
-// ErrorCode::vm when the other end is gone.
+// ErrorCode::vm when the other end is gone, or does not read: this never waits.
 Status send_message(int socket, const nlohmann::json& json,
                     const std::vector<int>& descriptors = {});
 

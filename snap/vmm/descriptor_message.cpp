@@ -13,7 +13,7 @@ constexpr size_t max_descriptors = 8;
 }
 
 ssize_t send_with_descriptors(int socket, std::span<const std::byte> bytes,
-                              std::span<const int> descriptors) {
+                              std::span<const int> descriptors, int flags) {
   iovec data = {const_cast<std::byte*>(bytes.data()), bytes.size()};
   alignas(cmsghdr) char control[CMSG_SPACE(max_descriptors * sizeof(int))] = {};
   msghdr message = {};
@@ -31,7 +31,7 @@ ssize_t send_with_descriptors(int socket, std::span<const std::byte> bytes,
   }
   ssize_t sent;
   do {
-    sent = ::sendmsg(socket, &message, MSG_NOSIGNAL);
+    sent = ::sendmsg(socket, &message, MSG_NOSIGNAL | flags);
   } while (sent < 0 && errno == EINTR);
   return sent;
 }

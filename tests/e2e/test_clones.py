@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import threading
 import time
 
@@ -371,6 +372,31 @@ def test_the_exit_status_tells_of_poison(world, options):
     assert count_poisoned(machine, expected) > 0
     os.kill(machine.pid, signal.SIGKILL)
     assert "could not be read back" in run.wait().expect("poisoned").err
+
+
+def test_a_keeper_survives_what_it_is_sent(world):
+    """Messages that are wrong, and somebody who asks and never reads."""
+    image = ordered_image(world)
+    farm = Farm(world, image)
+    clone, = farm.add(1)
+    keeper = json.loads((farm.dir / "farm.json").read_text())["keeper_pid"]
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(harness.LIMIT)
+    connection.connect(str(farm.dir / "farm.sock"))
+    for name in (7, None, [], {}, "", "2", "../farm", "/", "1"):
+        connection.send(json.dumps({"do": "join", "clone": name}).encode())
+        assert "error" in json.loads(connection.recv(1 << 17)), name
+    connection.send(b'{"do": "join"}')
+    assert "error" in json.loads(connection.recv(1 << 17))
+    assert len(farm.server()["clones"]) == 1, "it joined twice"
+    with pytest.raises(OSError):  # it gives up on us, not on the others
+        for _ in range(100000):
+            connection.send(b'{"do": "status"}')
+    assert len(farm.server()["clones"]) == 1
+    assert harness.is_running(keeper)
+    victims.check_ordered_live(world, clone)
+    farm.stop()
+    farm.assert_gone()
 
 
 @pytest.mark.parametrize("point", ["restore.start", "restore.launched", "restore.registered",

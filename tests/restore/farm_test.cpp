@@ -44,6 +44,15 @@ TEST(FarmLink, RefusesWhatIsNoMessage) {
   }
 }
 
+TEST(FarmLink, DoesNotWaitForWhoNeverReads) {
+  const MessagePair pair = *message_pair();
+  const nlohmann::json long_one = {{"do", std::string(20 << 10, 'x')}};
+  Status sent;
+  for (int i = 0; i < 10000 && sent; ++i) sent = send_message(pair.ours.get(), long_one);
+  ASSERT_FALSE(sent);
+  EXPECT_EQ(sent.error().code(), ErrorCode::vm);
+}
+
 TEST(FarmDir, WritesAndReadsItsRecord) {
   const testing::TemporaryDirectory folder;
   const FarmDir dir = *FarmDir::make(folder / "farm");
