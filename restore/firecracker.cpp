@@ -176,7 +176,8 @@ Result<Handshake> receive_handshake(int socket, uint64_t image_pages,
   for (auto state = ArrayScanner::State::incomplete; state != ArrayScanner::State::complete;) {
     VMSNAP_CHECK(wait_readable(socket, deadline));
     std::array<char, 16384> piece;
-    alignas(cmsghdr) std::array<char, CMSG_SPACE(16 * sizeof(int))> control;
+    // One is expected, a second tells that it is not alone.
+    alignas(cmsghdr) std::array<char, CMSG_SPACE(2 * sizeof(int))> control;
     iovec bytes = {piece.data(), piece.size()};
     msghdr header = {};
     header.msg_iov = &bytes;
@@ -188,6 +189,9 @@ Result<Handshake> receive_handshake(int socket, uint64_t image_pages,
     if (got < 0) return fail_errno(errno, "cannot receive a handshake");
     collect_descriptors(header, descriptors);
     if (header.msg_flags & MSG_CTRUNC) return bad("too many descriptors came with it");
+    if (descriptors.size() > 1) {
+      return bad("{} descriptors came with it, not one", descriptors.size());
+    }
     if (got == 0) return bad("the connection was closed after {} bytes", message.size());
     const std::string_view text(piece.data(), static_cast<size_t>(got));
     message += text;
@@ -201,8 +205,6 @@ Result<Handshake> receive_handshake(int socket, uint64_t image_pages,
   Handshake handshake;
   handshake.ranges = VMSNAP_TRY(parse_handshake(message, image_pages));
   if (descriptors.empty()) return bad("no userfaultfd came with it");
-  if (descriptors.size() > 1)
-    return bad("{} descriptors came with it, not one", descriptors.size());
   if (!is_userfaultfd(descriptors[0]))
     return bad("the descriptor that came with it is no userfaultfd");
   handshake.uffd = std::move(descriptors[0]);

@@ -11,11 +11,13 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "formats/file.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
+#include "restore/episode.h"
 #include "restore/firecracker.h"
 #include "restore/page_server.h"
 #include "restore/privileges.h"
@@ -154,20 +156,23 @@ class SessionList {
  public:
   static constexpr size_t limit = 256;
 
-  Status accept_all(int listener, const ImageReader& image, const ServeOptions& options) {
+  // False: nobody can be taken in for now, and who waits makes the listener ready
+  // again at once.
+  Result<bool> accept_all(int listener, const ImageReader& image, const ServeOptions& options) {
     while (sessions_.size() < limit) {
       Fd connection(::accept4(listener, nullptr, nullptr, SOCK_CLOEXEC));
       if (!connection) {
-        if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED) return {};
-        if (errno == EMFILE || errno == ENFILE) {
-          log_warning("a VMM has to wait: too many open files");
-          return {};
+        if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED) return true;
+        if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+          say_full(std::generic_category().message(errno), "Raise that limit");
+          return false;
         }
         return fail_errno(errno, "cannot accept a connection");
       }
       sessions_.push_back(std::make_unique<Session>(std::move(connection), image, options));
     }
-    return {};
+    say_full(fmt::format("{} are here, which is all there can be", limit), "End some");
+    return false;
   }
 
   // Drops the sessions that have ended; true if one of them was a VMM's.
@@ -188,7 +193,13 @@ class SessionList {
   uint64_t unreadable() const { return unreadable_; }
 
  private:
+  void say_full(std::string_view why, std::string_view what_to_do) {
+    if (!full_.begins()) return;
+    log_warning("VMMs that connect have to wait: {}. {}, or start another server.", why, what_to_do);
+  }
+
   std::list<std::unique_ptr<Session>> sessions_;
+  Episode full_;
   uint64_t unreadable_ = 0;
 };
 
@@ -213,13 +224,15 @@ Status serve(const ServeOptions& options, CommandContext& context) {
                              options.socket)
               << std::flush;
   SessionList sessions;
+  bool has_room = true;
   for (;;) {
     VMSNAP_CHECK(check_interrupted());
     // The limit is for what no descriptor tells of: a session that ended, a
     // signal that another thread took.
     pollfd incoming = {listener.get(), POLLIN, 0};
-    if (::poll(&incoming, 1, 100) > 0) {
-      VMSNAP_CHECK(sessions.accept_all(listener.get(), *image, options));
+    const int ready = ::poll(&incoming, has_room ? 1 : 0, 100);
+    if (ready > 0 || !has_room) {
+      has_room = VMSNAP_TRY(sessions.accept_all(listener.get(), *image, options));
     }
     if (sessions.reap() && options.once) break;
   }

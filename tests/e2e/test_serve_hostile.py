@@ -7,11 +7,15 @@ import json
 import mmap
 import os
 import random
+import resource
 import signal
 import socket
 import struct
 import time
 
+import pytest
+
+import checks
 import harness
 import test_serve
 import victims
@@ -187,3 +191,31 @@ def test_ten_thousand_handshakes(world, shared_world):
                        f"what the others left to go, seed {seed}")
     run.signal(signal.SIGTERM)
     run.wait().expect("interrupted")
+
+
+@pytest.mark.parametrize("files, connections", [(40, 26), (4096, 264)],
+                         ids=["no-descriptor", "no-room"])
+def test_more_connections_than_it_can_take(world, shared_world, files, connections):
+    """Those that come too late wait; it uses no processor meanwhile, and says so once."""
+    victim = victims.Writers(shared_world, mib=16)
+    image = world.path("x.img")
+    world.vmsnap("snapshot", "--pid", victim.pid, *victim.range_arguments(),
+                 "--output", image).expect("ok")
+    raw = harness.export(world, image).read_bytes()
+    path = world.path("uffd.sock")
+    run = world.start_vmsnap(
+        "serve", image, "--socket", path, "--prefetch", "none",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)))
+    harness.wait_until(path.exists, "the socket")
+    silent = []
+    for _ in range(connections):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(path))
+        silent.append(connection)
+    harness.wait_until(lambda: checks.uses_no_processor(run.pid), "it to wait")
+    for connection in silent:
+        connection.close()
+    good = test_serve.connect(world, path, [(0, 16 * MIB)])
+    assert test_serve.read_back(world, good, 0, MIB) == raw[:MIB]
+    run.signal(signal.SIGTERM)
+    assert run.wait().expect("interrupted").err.count("VMMs that connect have to wait") == 1

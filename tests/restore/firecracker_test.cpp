@@ -271,6 +271,14 @@ TEST(HandshakeOverASocket, DescriptorsInTwoPieces) {
             "bad handshake: 2 descriptors came with it, not one");
 }
 
+TEST(HandshakeOverASocket, MoreThanOneDescriptorIsNotWaitedOn) {
+  Connection connection;
+  const Fd uffd = make_uffd();
+  connection.send("[", {uffd.get(), uffd.get()});
+  EXPECT_EQ(connection.receive().error().message(),
+            "bad handshake: 2 descriptors came with it, not one");
+}
+
 TEST(HandshakeOverASocket, TooLargeOrTooSlow) {
   {
     Connection connection;
