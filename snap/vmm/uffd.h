@@ -80,6 +80,7 @@ class Uffd {
   void close() { fd_.reset(); }
 
   Result<RegisterOutcome> register_range(RemoteRange range, RegisterMode mode) const;
+  // Whoever waits in it goes on.
   Status unregister_range(RemoteRange range) const;
 
   // Sets or clears the write protection of whole pages; clearing wakes waiters,
