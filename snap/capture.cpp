@@ -61,10 +61,7 @@ Capture::~Capture() {
   // it goes only after they have gone; the marks go now. Only what is ours: kernels
   // before Linux 6.17 let one userfaultfd unregister what is another's.
   for (size_t i = 0; i < watched_; ++i) {
-    const RemoteRange range = state_->pieces[i]->piece.range;
-    (void)state_->uffd.unregister_range(range);
-    // The kernel wakes only who waits for a missing page.
-    (void)state_->uffd.wake(range);
+    (void)state_->uffd.unregister_range(state_->pieces[i]->piece.range);
   }
   options_.released();
   stop_threads();

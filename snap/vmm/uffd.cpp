@@ -127,9 +127,9 @@ Result<RegisterOutcome> Uffd::register_range(RemoteRange range, RegisterMode mod
 
 Status Uffd::unregister_range(RemoteRange range) const {
   uffdio_range request = raw(range);
-  // The kernel wakes who waits, but before it takes the range away: a fault under
-  // the lock of its mapping alone (Linux 6.6 and later) may begin to wait in
-  // between, and nobody would ever wake it.
+  // The kernel wakes who waits for a missing page, not who waits to write; and does
+  // it before it takes the range away: a fault under the lock of its mapping alone
+  // (Linux 6.6 and later) may begin to wait in between, and nobody would wake it.
   if (::ioctl(fd(), UFFDIO_UNREGISTER, &request) == 0) return wake(range);
   return tl::unexpected(ioctl_error("UFFDIO_UNREGISTER", range, errno));
 }

@@ -193,6 +193,15 @@ def test_ten_thousand_handshakes(world, shared_world):
     run.wait().expect("interrupted")
 
 
+def connect_silently(path):
+    connection = socket.socket(socket.AF_UNIX)
+
+    def connected():  # the socket is there a moment before it is listened on
+        return connection.connect_ex(str(path)) == 0
+    harness.wait_until(connected, "a connection")
+    return connection
+
+
 @pytest.mark.parametrize("files, connections", [(40, 26), (4096, 264)],
                          ids=["no-descriptor", "no-room"])
 def test_more_connections_than_it_can_take(world, shared_world, files, connections):
@@ -207,11 +216,8 @@ def test_more_connections_than_it_can_take(world, shared_world, files, connectio
         "serve", image, "--socket", path, "--prefetch", "none",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)))
     harness.wait_until(path.exists, "the socket")
-    silent = []
-    for _ in range(connections):
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(str(path))
-        silent.append(connection)
+    assert run.process.poll() is None, f"did not start: {run.wait()}"
+    silent = [connect_silently(path) for _ in range(connections)]
     harness.wait_until(lambda: checks.uses_no_processor(run.pid), "it to wait")
     for connection in silent:
         connection.close()
