@@ -203,11 +203,13 @@ def test_a_killed_recorder_is_taken_over(world, image):
                  "--detach").expect("ok")
     copy = qemu.restored(run_dir)
     copy.wait_for_progress()
-    os.kill(restore_json(run_dir)["server_pid"], signal.SIGKILL)
+    killed = restore_json(run_dir)["server_pid"]
+    os.kill(killed, signal.SIGKILL)
     harness.wait_until(lambda: not world.vmsnap_processes(), "its death")
     assert not record.exists()
     world.vmsnap("restore", "--reattach", run_dir, "--detach").expect("ok")
     copy.wait_for_progress()
+    harness.wait_until(lambda: restore_json(run_dir)["server_pid"] != killed, "its successor")
     os.kill(restore_json(run_dir)["server_pid"], signal.SIGTERM)
     harness.wait_until(lambda: not world.vmsnap_processes(), "its end")
     assert len(recorded(record)) > 0
