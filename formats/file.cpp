@@ -67,9 +67,9 @@ Status write_all_at(int fd, std::span<const std::byte> bytes, uint64_t offset,
   return {};
 }
 
-Result<bool> lock_whole_file(int fd, const std::string& name) {
+Result<bool> lock_whole_file(int fd, const std::string& name, FileLock kind) {
   struct flock lock = {};
-  lock.l_type = F_WRLCK;
+  lock.l_type = kind == FileLock::shared ? F_RDLCK : F_WRLCK;
   lock.l_whence = SEEK_SET;
   if (::fcntl(fd, F_OFD_SETLK, &lock) == 0) return true;
   if (errno == EAGAIN || errno == EACCES) return false;

@@ -53,7 +53,8 @@ Status write_all(int fd, std::span<const std::byte> bytes, const std::string& na
 // Takes the kernel lock (of the open file description, fcntl(2)) on all of a
 // file, without waiting; it goes with the last copy of the descriptor. False:
 // somebody has it.
-Result<bool> lock_whole_file(int fd, const std::string& name);
+enum class FileLock { exclusive, shared };
+Result<bool> lock_whole_file(int fd, const std::string& name, FileLock kind = FileLock::exclusive);
 void unlock_whole_file(int fd);
 
 // A whole small file (a /proc entry, a configuration file); more than `limit`

@@ -13,6 +13,8 @@
 
 namespace vmsnap {
 
+class ByteSource;
+
 // A file with page frames in it; borrowed, not owned, unless `hold` is set.
 struct FrameSource {
   int fd = -1;
@@ -21,6 +23,7 @@ struct FrameSource {
   uint64_t end = 0;                // no frame reaches past this byte of the file
   const SecretKey* key = nullptr;  // null: its frames are not sealed
   std::shared_ptr<const void> hold = nullptr;  // keeps all of the above
+  const ByteSource* bytes = nullptr;  // read instead of fd, where the file itself is sealed
 };
 
 // Which file the frames of a pack number are in, of an image that is read.

@@ -195,7 +195,11 @@ Status ImageFile::check_sections() const {
 }
 
 FrameSource ImageFile::own_frames() const {
-  return {frames_fd_, path(), image_seed(), trailer_.frames_end - sizeof(layout::FrameHeader)};
+  return {.fd = frames_fd_,
+          .name = path(),
+          .seed = image_seed(),
+          .end = trailer_.frames_end - sizeof(layout::FrameHeader),
+          .bytes = frames_fd_ < 0 ? source_.get() : nullptr};
 }
 
 PageTree::Shape ImageFile::tree_shape() const {

@@ -35,8 +35,8 @@ class ImageFile {
 
   PageTree::Shape tree_shape() const;
 
-  // The frames in the image's own file, without a descriptor if the image was
-  // opened from bytes. Borrows this object; not for a manifest, which has none.
+  // The frames in the image's own file. Borrows this object, or only its source if
+  // the image was opened from bytes; not for a manifest, which has none.
   FrameSource own_frames() const;
   Status check_own_frames() const;  // ErrorCode::usage for a manifest
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "formats/frame_bytes.h"
 #include "formats/image_file.h"
 #include "formats/page_entry.h"
 
@@ -12,7 +11,6 @@ namespace vmsnap {
 struct ImageReader::State {
   ImageFile file;
   std::unique_ptr<FrameFiles> frames;
-  bool sealed = false;  // the file as a whole, with the frames in it
   PageTree tree;
   ImageInfo info;
   ImageSummary summary;
@@ -37,9 +35,7 @@ Result<std::unique_ptr<ImageReader>> ImageReader::open(std::shared_ptr<const Sea
   ImageFile file = VMSNAP_TRY(ImageFile::open(std::move(source)));
   VMSNAP_CHECK(file.check_own_frames());
   auto frames = std::make_unique<OwnFrames>(file.own_frames(), file.header().id);
-  auto reader = VMSNAP_TRY(open(std::move(file), std::move(frames)));
-  reader->state_->sealed = true;
-  return reader;
+  return open(std::move(file), std::move(frames));
 }
 
 Result<std::unique_ptr<ImageReader>> ImageReader::open(ImageFile file,
@@ -60,7 +56,6 @@ Result<std::unique_ptr<ImageReader>> ImageReader::open(ImageFile file,
   const PageTree::Shape shape = file.tree_shape();
   std::unique_ptr<State> state(new State{.file = std::move(file),
                                          .frames = std::move(frames),
-                                         .sealed = false,
                                          .tree = PageTree(source, shape),
                                          .info = std::move(info),
                                          .summary = summary});
@@ -78,11 +73,7 @@ Result<PageKind> ImageReader::read_page(uint64_t page, std::span<std::byte, page
     std::ranges::fill(out, std::byte{0});
     return PageKind::zero;
   }
-  if (state_->sealed) {
-    VMSNAP_CHECK(read_stored_page(state_->file.source(), state_->file.own_frames(), entry, out));
-  } else {
-    VMSNAP_CHECK(read_stored_page(*state_->frames, entry, out));
-  }
+  VMSNAP_CHECK(read_stored_page(*state_->frames, entry, out));
   return PageKind::data;
 }
 

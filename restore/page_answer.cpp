@@ -13,7 +13,7 @@ Status PageServer::settle(const Fault& fault, std::span<std::byte> buffer) {
       postpone(fault);
       return {};
     case Answer::later:
-      put_off(fault);
+      put_off_.add(fault);
       return {};
     case Answer::done:
       break;

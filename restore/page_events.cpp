@@ -8,7 +8,6 @@
 // so a slow page holds up others for some milliseconds.
 
 #include <poll.h>
-#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -25,7 +24,6 @@ namespace {
 // Looking more often is seen in the p99 of faults: whoever looks takes a CPU.
 constexpr auto patience = std::chrono::milliseconds(3);
 constexpr size_t events_at_once = 16;
-constexpr long put_off_ns = 100'000'000;
 
 }  // namespace
 
@@ -173,27 +171,6 @@ void PageServer::postpone(const Fault& fault) {
   // EAGAIN: the thread that removes memory has yet to run. It needs a CPU.
   ::usleep(100);
   queue_faults(std::span(&fault, 1));
-}
-
-// To a later time, all of them together: no thread waits meanwhile.
-void PageServer::put_off(const Fault& fault) {
-  std::lock_guard lock(queue_mutex_);
-  put_off_.push_back(fault);
-  if (put_off_.size() > 1) return;
-  const itimerspec once = {.it_interval = {}, .it_value = {0, put_off_ns}};
-  ::timerfd_settime(retry_.get(), 0, &once, nullptr);
-}
-
-// The reader, when the timer says so.
-void PageServer::queue_put_off() {
-  uint64_t ignored;
-  [[maybe_unused]] const ssize_t got = ::read(retry_.get(), &ignored, sizeof ignored);
-  std::vector<Fault> faults;
-  {
-    std::lock_guard lock(queue_mutex_);
-    faults.swap(put_off_);
-  }
-  queue_faults(faults);
 }
 
 // The reader: waits for events and fills, and returns a fault to settle. What removals

@@ -76,7 +76,7 @@ Status PageServer::wait_for_work() {
                   {halt_.get(), POLLIN, 0},
                   {begun_.get(), POLLIN, 0},
                   {source_ && !extent_ ? source_->ready_fd() : -1, POLLIN, 0},
-                  {retry_.get(), POLLIN, 0}};
+                  {put_off_.fd(), POLLIN, 0}};
   if (::poll(fds, std::size(fds), timeout_ms) < 0 && errno != EINTR) {
     return fail_errno(errno, "cannot wait for page faults");
   }
@@ -87,7 +87,7 @@ Status PageServer::wait_for_work() {
     uint64_t ignored;
     [[maybe_unused]] const ssize_t got = ::read(begun_.get(), &ignored, sizeof ignored);
   }
-  if (fds[4].revents) queue_put_off();
+  if (fds[4].revents) queue_faults(put_off_.take());
   return {};
 }
 

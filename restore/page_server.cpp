@@ -2,7 +2,6 @@
 
 #include <poll.h>
 #include <sys/eventfd.h>
-#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,7 +19,6 @@ PageServer::PageServer(const Uffd& uffd, const ImageReader& reader, PageMarks& m
       called_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       begun_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       halt_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-      retry_(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)),
       fill_(options_.prefetch_at_once),
       protect_(new std::atomic<bool>[ranges_.size()]),
       data_pages_(reader.summary().page_count - reader.summary().zero_pages) {}
@@ -78,7 +76,7 @@ Result<ServeEnd> PageServer::run() {
 }
 
 Status PageServer::prepare() {
-  if (!called_ || !begun_ || !halt_ || !retry_) {
+  if (!called_ || !begun_ || !halt_ || !put_off_.start()) {
     return fail(ErrorCode::io, "cannot make an eventfd: too many open files");
   }
   VMSNAP_CHECK(uffd_.make_nonblocking());

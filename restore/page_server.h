@@ -46,6 +46,7 @@
 #include "formats/image_reader.h"
 #include "formats/latency_histogram.h"
 #include "restore/episode.h"
+#include "restore/put_off.h"
 #include "restore/page_marks.h"
 #include "restore/page_source.h"
 #include "restore/working_set_recorder.h"
@@ -152,8 +153,6 @@ class PageServer {
   std::optional<Fault> take_queued();
   void queue_faults(std::span<const Fault> faults);
   void postpone(const Fault& fault);
-  void put_off(const Fault& fault);
-  void queue_put_off();
   Result<std::optional<Fault>> read_fault();
   std::optional<Fault> fault_of(const UffdEvent& event);
   void note_removals(const std::vector<UffdEvent>& events);
@@ -195,7 +194,6 @@ class PageServer {
   Fd called_;  // eventfd: something changed, for the thread in serve()
   Fd begun_;   // eventfd: begin_fill() was called, for the reader
   Fd halt_;    // eventfd: the answerers are to end
-  Fd retry_;   // timerfd: those put off are to be tried again
   std::atomic<bool> released_ = false;  // all is there, and the ranges are no longer watched
   std::atomic<bool> stop_ = false, fill_ = false, halted_ = false;
 
@@ -206,10 +204,9 @@ class PageServer {
   std::vector<std::thread> answerers_;
   std::atomic<uint64_t> turn_ = 0;       // see begin_answer()
   std::atomic<bool> unwatched_ = false;  // the thread in serve() is to be woken to watch
-  std::mutex queue_mutex_;               // of the next six
+  std::mutex queue_mutex_;               // of the next five
   std::condition_variable queue_changed_;
   std::deque<Fault> queue_;                // read, and nobody settles them yet
-  std::vector<Fault> put_off_;             // their pages cannot be read now
   std::optional<uint64_t> free_turn_ = 0;  // the reader's role is free, and turn_ is this
   unsigned idle_answerers_ = 0;
   std::optional<Error> failed_;                   // of an answerer
@@ -233,6 +230,7 @@ class PageServer {
   bool skipped_ = false;             // pages of this round could not be read now
   Clock::time_point fill_again_at_;  // not before
 
+  PutOff<Fault> put_off_;
   Episode delay_;
   LatencyHistogram latency_;
   uint64_t data_pages_ = 0;

@@ -10,6 +10,7 @@
 #include "formats/interrupt.h"
 #include "formats/log.h"
 #include "formats/test_point.h"
+#include "formats/text.h"
 #include "restore/guest_ram.h"
 #include "restore/ram_drop.h"
 #include "restore/reattach.h"
@@ -185,7 +186,7 @@ void Parking::print_summary() const {
                                     {"memory_bytes", bytes},
                                     {"capture_ms", captured_ms_},
                                     {"total_ms", ms_since(started_)}};
-    context_.out << summary.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+    print_json(context_.out, summary);
   } else {
     context_.out << fmt::format(
         "{} is parked in {}\n"

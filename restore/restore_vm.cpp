@@ -4,6 +4,7 @@
 
 #include "formats/interrupt.h"
 #include "formats/log.h"
+#include "formats/text.h"
 #include "restore/guest_ram.h"
 #include "snap/vmm/handover.h"
 #include "snap/vmm/ram_blocks.h"
@@ -54,7 +55,7 @@ Status print_launch_line(const RestoreOptions& options, CommandContext& context)
   const LaunchLine line = VMSNAP_TRY(derive_launch_line(request));
   if (options.json) {
     const nlohmann::json array = line.arguments;
-    context.out << array.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+    print_json(context.out, array);
   } else {
     context.out << shell_quoted(line) << "\n";
   }

@@ -16,6 +16,7 @@
 #include "formats/store/image_argument.h"
 #include "formats/store/recorded_working_set.h"
 #include "formats/test_point.h"
+#include "formats/text.h"
 #include "formats/working_set_file.h"
 #include "restore/background.h"
 #include "restore/privileges.h"
@@ -103,7 +104,7 @@ void print_summary(const ServedVm& vm, const PageServerCounters& counters,
                                      {{"p50", counters.fault_us.p50},
                                       {"p99", counters.fault_us.p99},
                                       {"max", counters.fault_us.max}}}};
-    context.out << summary.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+    print_json(context.out, summary);
   } else {
     context.out << fmt::format(
         "{} {} after {:.1f} ms in {}\n"

@@ -9,6 +9,7 @@
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/test_point.h"
+#include "formats/text.h"
 #include "restore/park.h"
 #include "restore/reattach.h"
 #include "restore/run_dir.h"
@@ -96,7 +97,7 @@ Status unpark_vm(const UnparkOptions& options, CommandContext& context) {
                                       {"server_pid", record.server_pid},
                                       {"resumed", record.resume},
                                       {"ready_ms", ms}};
-      context.out << summary.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+      print_json(context.out, summary);
     } else {
       context.out << fmt::format(
           "process {} {} after {:.1f} ms; process {} loads the rest of its memory\n", record.pid,

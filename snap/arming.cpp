@@ -28,7 +28,8 @@ void set_armed(CapturedPiece& piece, uint64_t first_unit, uint64_t end_unit) {
 
 void set_armed(CapturedPiece& piece, const std::vector<RemoteRange>& runs) {
   for (const RemoteRange& run : runs) {
-    set_armed(piece, piece.unit_of(run.start), piece.unit_of(run.end() + (piece.piece.unit_bytes - 1)));
+    const auto [first, end] = piece.touched_by(run);
+    set_armed(piece, first, end);
   }
 }
 
@@ -212,8 +213,8 @@ Status Arming::note_owned(CapturedPiece& piece, RemoteRange range) {
   const std::vector<RemoteRange> runs = VMSNAP_TRY(state_.pagemap.owned(range));
   set_armed(piece, runs);
   for (const RemoteRange& run : runs) {
-    const uint64_t end = piece.unit_of(run.end() + (piece.piece.unit_bytes - 1));
-    for (uint64_t unit = piece.unit_of(run.start); unit < end; ++unit) piece.own[unit] = true;
+    const auto [first, end] = piece.touched_by(run);
+    for (uint64_t unit = first; unit < end; ++unit) piece.own[unit] = true;
   }
   return {};
 }

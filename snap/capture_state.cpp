@@ -127,13 +127,10 @@ Status CaptureState::copy_private_of_file(const CapturedPiece& piece, uint64_t f
 Result<std::vector<bool>> CaptureState::owned(const CapturedPiece& piece, uint64_t first_unit,
                                               uint64_t count) const {
   std::vector<bool> own(count);
-  const RemoteRange range = piece.units(first_unit, count);
-  const std::vector<RemoteRange> runs = VMSNAP_TRY(pagemap.owned(range));
+  const std::vector<RemoteRange> runs = VMSNAP_TRY(pagemap.owned(piece.units(first_unit, count)));
   for (const RemoteRange& run : runs) {
-    const uint64_t end = (run.end() - range.start + piece.piece.unit_bytes - 1) / piece.piece.unit_bytes;
-    for (uint64_t unit = (run.start - range.start) / piece.piece.unit_bytes; unit < end; ++unit) {
-      own[unit] = true;
-    }
+    const auto [first, end] = piece.touched_by(run);
+    for (uint64_t unit = first; unit < end; ++unit) own[unit - first_unit] = true;
   }
   return own;
 }

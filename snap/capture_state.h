@@ -49,11 +49,11 @@ struct CapturedPiece {
   // Private memory: where no page was when it was surveyed (arming.h).
   std::vector<RemoteRange> holes;
 
+  struct Window {
+    uint64_t first = 0, end = 0;  // units
+  };
   // 2 MiB of the process's addresses, as units of 4 KiB; cut off at the ends of
   // the piece.
-  struct Window {
-    uint64_t first = 0, end = 0;
-  };
   Window window(uint64_t unit) const;
   // Whether the window around the unit is mapped as a huge page, as far as we
   // know. Written under CaptureState::arming before the instant.
@@ -70,6 +70,10 @@ struct CapturedPiece {
   }
   uint64_t page_of(uint64_t unit) const { return piece.first_page + unit * unit_pages(); }
   uint64_t unit_of(RemotePtr address) const { return (address - piece.range.start) / piece.unit_bytes; }
+  // All units of which the run has a part.
+  Window touched_by(RemoteRange run) const {
+    return {unit_of(run.start), unit_of(run.end() + (piece.unit_bytes - 1))};
+  }
 
  private:
   size_t window_index(uint64_t unit) const;

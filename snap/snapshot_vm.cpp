@@ -99,7 +99,7 @@ Result<VmRecord> record_vm(Qmp& qmp, const Process& process) {
   record.arguments = VMSNAP_TRY(process.arguments());
   record.working_directory = VMSNAP_TRY(process.working_directory());
   const auto name = VMSNAP_TRY(qmp.execute("query-name"));
-  record.name = name.is_object() ? text_of(name, "name") : std::string();
+  record.name = text_of(name, "name");
   if (record.name.empty()) record.name = fmt::format("qemu-{}", process.pid());
   if (const auto type = qmp.execute("qom-get", {{"path", "/machine"}, {"property", "type"}});
       type && type->is_string()) {

@@ -39,16 +39,6 @@ class HeldPacks : public PackSet {
   const Fd held_;
 };
 
-// False: prune has it for a moment (claim_manifest).
-Result<bool> lock_shared(const Fd& fd, const std::string& path) {
-  struct flock lock = {};
-  lock.l_type = F_RDLCK;
-  lock.l_whence = SEEK_SET;
-  if (::fcntl(fd.get(), F_OFD_SETLK, &lock) == 0) return true;
-  if (errno == EAGAIN || errno == EACCES) return false;
-  return fail_errno(errno, "cannot lock {}", path);
-}
-
 bool is_at(const Fd& fd, const std::string& path) {
   struct stat open_file, at_path;
   return ::fstat(fd.get(), &open_file) == 0 && ::stat(path.c_str(), &at_path) == 0 &&
@@ -70,7 +60,9 @@ Result<std::optional<HeldManifest>> hold_manifest(const Store& store, const std:
   auto fd = open_file(path, O_RDONLY | O_NONBLOCK);
   if (is_gone(fd)) return std::nullopt;
   VMSNAP_CHECK(fd);
-  if (!VMSNAP_TRY(lock_shared(*fd, path)) || !is_at(*fd, path)) return std::nullopt;
+  // Prune has it for a moment, perhaps (claim_manifest).
+  const bool locked = VMSNAP_TRY(lock_whole_file(fd->get(), path, FileLock::shared));
+  if (!locked || !is_at(*fd, path)) return std::nullopt;
   auto manifest = store.open_manifest(path);
   if (is_gone(manifest)) return std::nullopt;
   return HeldManifest{std::move(*fd), VMSNAP_TRY(std::move(manifest))};

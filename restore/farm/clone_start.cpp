@@ -256,7 +256,7 @@ void CloneStarter::print() const {
                                     {"run_dir", farm_->path()},
                                     {"ready_ms", last},
                                     {"clones", std::move(clones)}};
-    context_.out << summary.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+    print_json(context_.out, summary);
   } else {
     context_.out << fmt::format("{} clones of {} in {}, the last after {:.1f} ms\n", run,
                                 image_->path(), farm_->path(), last);

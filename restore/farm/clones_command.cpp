@@ -92,7 +92,7 @@ Status list(const FarmDir& farm, const ClonesOptions& options, CommandContext& c
     const nlohmann::json all = {{"run_dir", farm.path()},  {"image", record.image},
                                 {"id", record.image_id},   {"server", std::move(server)},
                                 {"clones", std::move(clones)}};
-    context.out << all.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+    print_json(context.out, all);
     return {};
   }
   context.out << fmt::format("clones of {}\n", record.image);

@@ -32,7 +32,7 @@ void FarmServer::answer(Fault fault) {
     const Result<Answer> outcome = try_answer(fault);
     if (!outcome) return fail_clone(*fault.clone, outcome.error());
     if (*outcome == Answer::left) return;
-    if (*outcome == Answer::later) return put_off(std::move(fault));
+    if (*outcome == Answer::later) return put_off_.add(std::move(fault));
     if (*outcome == Answer::done) break;
     // EAGAIN: the clone's thread that removes memory has yet to run, or there
     // is an event to read first.

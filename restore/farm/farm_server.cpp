@@ -2,7 +2,6 @@
 
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,7 +19,6 @@ namespace {
 // pidfd; 0 for our own two eventfds, and this for the timer.
 constexpr uint64_t is_pidfd = uint64_t{1} << 63;
 constexpr uint64_t is_timer = uint64_t{1} << 62;
-constexpr long put_off_ns = 100'000'000;
 
 unsigned thread_count(unsigned wanted) {
   if (wanted > 0) return wanted;
@@ -51,11 +49,10 @@ Status FarmServer::start() {
   epoll_ = Fd(::epoll_create1(EPOLL_CLOEXEC));
   queued_ = Fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE));
   stopped_ = Fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  retry_ = Fd(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
-  if (!epoll_ || !queued_ || !stopped_ || !retry_) return fail_errno(errno, "cannot make a descriptor");
+  if (!epoll_ || !queued_ || !stopped_ || !put_off_.start()) return fail_errno(errno, "cannot make a descriptor");
   VMSNAP_CHECK(watch(epoll_.get(), queued_.get(), EPOLLIN, 0));
   VMSNAP_CHECK(watch(epoll_.get(), stopped_.get(), EPOLLIN, 0));
-  VMSNAP_CHECK(watch(epoll_.get(), retry_.get(), EPOLLIN, is_timer));
+  VMSNAP_CHECK(watch(epoll_.get(), put_off_.fd(), EPOLLIN, is_timer));
   for (unsigned i = thread_count(options_.threads); i > 0; --i) {
     threads_.emplace_back([this] { run_thread(); });
   }
@@ -164,7 +161,7 @@ void FarmServer::run_thread() {
       uint64_t ignored;
       (void)!::read(queued_.get(), &ignored, sizeof ignored);
     } else if (event.data.u64 == is_timer) {
-      push_put_off();
+      push(put_off_.take());
     } else if (event.data.u64 & is_pidfd) {
       drop(event.data.u64 & ~is_pidfd);
     } else {
@@ -228,26 +225,6 @@ void FarmServer::push(std::vector<Fault> faults) {
     std::move(faults.begin(), faults.end(), std::back_inserter(queue_));
   }
   (void)!::write(queued_.get(), &count, sizeof count);
-}
-
-// To a later time, all of them together: no thread waits meanwhile.
-void FarmServer::put_off(Fault fault) {
-  std::lock_guard lock(queue_mutex_);
-  put_off_.push_back(std::move(fault));
-  if (put_off_.size() > 1) return;
-  const itimerspec once = {.it_interval = {}, .it_value = {0, put_off_ns}};
-  ::timerfd_settime(retry_.get(), 0, &once, nullptr);
-}
-
-void FarmServer::push_put_off() {
-  uint64_t ignored;
-  (void)!::read(retry_.get(), &ignored, sizeof ignored);
-  std::vector<Fault> faults;
-  {
-    std::lock_guard lock(queue_mutex_);
-    faults.swap(put_off_);
-  }
-  push(std::move(faults));
 }
 
 bool FarmServer::pop(Fault* fault) {

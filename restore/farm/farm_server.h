@@ -39,6 +39,7 @@
 #include "restore/farm/in_flight.h"
 #include "restore/farm/page_cache.h"
 #include "restore/page_marks.h"
+#include "restore/put_off.h"
 #include "restore/page_source.h"
 #include "snap/vmm/uffd.h"
 
@@ -113,8 +114,6 @@ class FarmServer {
   void read_ahead(uint64_t page);
   void push(std::vector<Fault> faults);
   bool pop(Fault* fault);
-  void put_off(Fault fault);
-  void push_put_off();
   ClonePtr find(uint64_t number) const;
   void drop(uint64_t number);
   void fail_clone(Clone& clone, const Error& error);
@@ -127,7 +126,6 @@ class FarmServer {
   PageCache& cache_;
   const FarmServerOptions options_;
   Fd epoll_, queued_, stopped_;  // the latter two: eventfds
-  Fd retry_;                     // timerfd: those put off are to be tried again
   std::atomic<bool> stop_ = false;
   std::vector<std::thread> threads_;
   InFlight<Fault> in_flight_;
@@ -138,7 +136,7 @@ class FarmServer {
 
   std::mutex queue_mutex_;
   std::vector<Fault> queue_;
-  std::vector<Fault> put_off_;  // their pages cannot be read now
+  PutOff<Fault> put_off_;  // their pages cannot be read now
 
   PageMarks wanted_;  // for the source: what was put already
   std::atomic<uint64_t> read_ = 0, read_ahead_ = 0, prefetched_ = 0;

@@ -109,9 +109,9 @@ using FileKey = std::pair<uint64_t, uint64_t>;  // device, inode
 FileKey key_of(const Mapping& mapping) { return {mapping.device, mapping.inode}; }
 
 // The mappings of the memory that a file is behind.
-Result<std::vector<Mapping>> mappings_of_files(const Process& process, const GuestMemory& memory) {
+Result<std::vector<Mapping>> mappings_of_files(const std::vector<Mapping>& mappings,
+                                               const GuestMemory& memory) {
   std::vector<Mapping> found;
-  const auto mappings = VMSNAP_TRY(read_memory_map_quick(process));
   for (const MemoryPiece& piece : memory.pieces) {
     if (!piece.file) continue;
     for (const Mapping& part : VMSNAP_TRY(mappings_of(mappings, piece.range))) found.push_back(part);
@@ -139,9 +139,9 @@ tl::unexpected<Error> refuse_shared(const Process& writer, const Process& proces
                 "DPDK), or stop it first.");
 }
 
-Status check_no_alias(const Process& process, const std::vector<Mapping>& memory) {
-  if (memory.empty()) return {};
-  for (const Mapping& mapping : VMSNAP_TRY(read_memory_map_quick(process))) {
+Status check_no_alias(const Process& process, const std::vector<Mapping>& mappings,
+                      const std::vector<Mapping>& memory) {
+  for (const Mapping& mapping : mappings) {
     if (!mapping.shared || !mapping.writable) continue;
     for (const Mapping& part : memory) {
       if (is_alias(mapping, part)) return refuse_shared(process, process, mapping);
@@ -153,8 +153,9 @@ Status check_no_alias(const Process& process, const std::vector<Mapping>& memory
 }  // namespace
 
 Status check_not_shared(const Process& process, const GuestMemory& memory) {
-  const std::vector<Mapping> parts = VMSNAP_TRY(mappings_of_files(process, memory));
-  VMSNAP_CHECK(check_no_alias(process, parts));
+  const std::vector<Mapping> own = VMSNAP_TRY(read_memory_map_quick(process));
+  const std::vector<Mapping> parts = VMSNAP_TRY(mappings_of_files(own, memory));
+  VMSNAP_CHECK(check_no_alias(process, own, parts));
   std::set<FileKey> files;
   for (const Mapping& part : parts) files.insert(key_of(part));
   std::error_code failed;

@@ -134,6 +134,10 @@ class Running:
     def signal(self, number):
         self.process.send_signal(number)
 
+    def warned_of(self, text):
+        """Whether it has written that already."""
+        return text.encode() in os.pread(self._err.fileno(), 1 << 20, 0)
+
     def _finished(self, code):
         texts = []
         for file in (self._out, self._err):

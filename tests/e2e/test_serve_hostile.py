@@ -139,15 +139,20 @@ def threads_of(pid):
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
-def test_ten_thousand_handshakes(world, shared_world):
-    seed = int(os.environ.get("VMSNAP_TEST_SEED", random.randrange(1 << 32)))
-    print(f"seed {seed}")
-    rng = random.Random(seed)
+def image_of_writers(world, shared_world):
+    """An image of 16 MiB, and what is in it."""
     victim = victims.Writers(shared_world, mib=16)
     image = world.path("x.img")
     world.vmsnap("snapshot", "--pid", victim.pid, *victim.range_arguments(),
                  "--output", image).expect("ok")
-    raw = harness.export(world, image).read_bytes()
+    return image, harness.export(world, image).read_bytes()
+
+
+def test_ten_thousand_handshakes(world, shared_world):
+    seed = int(os.environ.get("VMSNAP_TEST_SEED", random.randrange(1 << 32)))
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    image, raw = image_of_writers(world, shared_world)
     path = world.path("uffd.sock")
     run = world.start_vmsnap("serve", image, "--socket", path, "--prefetch", "none")
     harness.wait_until(path.exists, "the socket")
@@ -202,15 +207,14 @@ def connect_silently(path):
     return connection
 
 
+HAVE_TO_WAIT = "VMMs that connect have to wait"
+
+
 @pytest.mark.parametrize("files, connections", [(40, 26), (4096, 264)],
                          ids=["no-descriptor", "no-room"])
 def test_more_connections_than_it_can_take(world, shared_world, files, connections):
     """Those that come too late wait; it uses no processor meanwhile, and says so once."""
-    victim = victims.Writers(shared_world, mib=16)
-    image = world.path("x.img")
-    world.vmsnap("snapshot", "--pid", victim.pid, *victim.range_arguments(),
-                 "--output", image).expect("ok")
-    raw = harness.export(world, image).read_bytes()
+    image, raw = image_of_writers(world, shared_world)
     path = world.path("uffd.sock")
     run = world.start_vmsnap(
         "serve", image, "--socket", path, "--prefetch", "none",
@@ -218,10 +222,11 @@ def test_more_connections_than_it_can_take(world, shared_world, files, connectio
     harness.wait_until(path.exists, "the socket")
     assert run.process.poll() is None, f"did not start: {run.wait()}"
     silent = [connect_silently(path) for _ in range(connections)]
+    harness.wait_until(lambda: run.warned_of(HAVE_TO_WAIT), "it to be full")
     harness.wait_until(lambda: checks.uses_no_processor(run.pid), "it to wait")
     for connection in silent:
         connection.close()
     good = test_serve.connect(world, path, [(0, 16 * MIB)])
     assert test_serve.read_back(world, good, 0, MIB) == raw[:MIB]
     run.signal(signal.SIGTERM)
-    assert run.wait().expect("interrupted").err.count("VMMs that connect have to wait") == 1
+    assert run.wait().expect("interrupted").err.count(HAVE_TO_WAIT) == 1
