@@ -263,8 +263,8 @@ TEST_P(CaptureTest, AHungOutputKeepsNobodyWaiting) {
     return 0;
   };
   begin({}, std::move(image));
+  ::kill(victim_->pid(), SIGSTOP);  // before it is armed: it must not have written it all by then
   arm();
-  ::kill(victim_->pid(), SIGSTOP);
   ASSERT_FALSE(capture_->finish([] { return Status(fail(ErrorCode::interrupted, "enough")); }));
   const uint64_t passes = talk_->passes;
   ::kill(victim_->pid(), SIGCONT);
