@@ -41,6 +41,8 @@ std::span<const LaunchRewriter::RuleEntry> LaunchRewriter::rules() {
       {"qmp-pretty", &LaunchRewriter::drop},
       {"monitor", &LaunchRewriter::drop},
       {"gdb", &LaunchRewriter::drop},
+      {"qtest", &LaunchRewriter::drop},
+      {"qtest-log", &LaunchRewriter::drop},
       {"s", &LaunchRewriter::drop},
       {"D", &LaunchRewriter::drop},
       {"mem-path", &LaunchRewriter::drop},

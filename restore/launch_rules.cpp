@@ -38,10 +38,37 @@ Status LaunchRewriter::replace_texts(std::vector<QemuOption>& options) const {
   return {};
 }
 
+namespace {
+
+// -set GROUP.ID.KEY=VALUE changes an option before it: written there, it is for the
+// rules of that option. One that names none stays.
+void fold_settings(std::vector<QemuOption>& options) {
+  for (auto setting = options.begin(); setting != options.end(); ++setting) {
+    if (setting->name != "set" || !setting->value) continue;
+    const std::string& text = *setting->value;
+    const size_t id = text.find('.');
+    const size_t key = id == std::string::npos ? id : text.find('.', id + 1);
+    const size_t value = key == std::string::npos ? key : text.find('=', key + 1);
+    if (value == std::string::npos) continue;
+    const auto named = std::find_if(options.begin(), setting, [&](const QemuOption& option) {
+      return option.name == text.substr(0, id) && identity(option) == text.substr(id + 1, key - id - 1);
+    });
+    if (named == setting) continue;
+    OptionValue changed = OptionValue::parse(*named->value, implied_key(named->name));
+    if (changed.is_json()) continue;  // QEMU knows no such option by its id
+    changed.set(text.substr(key + 1, value - key - 1), text.substr(value + 1));
+    named->value = changed.text();
+    setting->dropped = true;
+  }
+}
+
+}  // namespace
+
 Result<std::vector<std::string>> LaunchRewriter::rewrite() {
   const std::span<const std::string> recorded(request_.record.arguments);
   std::vector<QemuOption> options = parse_qemu_options(recorded.subspan(1));
   VMSNAP_CHECK(replace_texts(options));
+  fold_settings(options);
   std::vector<QemuOption> extra = parse_qemu_options(request_.extra);
 
   std::vector<std::string> arguments;
@@ -50,6 +77,7 @@ Result<std::vector<std::string>> LaunchRewriter::rewrite() {
     if (option.value) arguments.push_back(*option.value);
   };
   for (QemuOption& option : options) {
+    if (option.dropped) continue;
     const auto same = std::find_if(extra.begin(), extra.end(), [&](const QemuOption& other) {
       return identity(option) && other.name == option.name && identity(other) == identity(option);
     });

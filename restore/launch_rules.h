@@ -9,7 +9,7 @@
 //   -pidfile                          DIR/qemu.pid
 //   -qmp -qmp-pretty                  unix:DIR/qmp.sock
 //   -monitor                          none
-//   -gdb -s                           dropped
+//   -gdb -s -qtest -qtest-log         dropped
 //   -D                                dropped: messages go to DIR/qemu.log
 //   -trace                            its file= dropped
 //   -mem-path -mem-prealloc           dropped
@@ -34,6 +34,7 @@
 //   fd= fds= vhostfd= ... , -add-fd   an error, unless replaced (below)
 //   -readconfig                       an error, unless replaced: what is in the
 //                                     file is not seen here
+//   -set GROUP.ID.KEY=VALUE           written into the option that it changes
 //   anything else                     stays, with its value
 //
 // An option of the extra arguments that names the same thing as a recorded one

@@ -92,6 +92,7 @@ TEST(LaunchRules, WhatConcernsTheOriginalAloneIsDropped) {
   EXPECT_EQ(derive({"-qmp", "unix:/q,server=on", "-qmp-pretty", "stdio"}), Words{});
   EXPECT_EQ(derive({"-monitor", "stdio"}), Words{});
   EXPECT_EQ(derive({"-gdb", "tcp::1234"}), Words{});
+  EXPECT_EQ(derive({"-qtest", "unix:/old", "-qtest-log", "/dev/null"}), Words{});
   EXPECT_EQ(derive({"-D", "/var/log/q.log", "-d", "int"}), (Words{"-d", "int"}));
   EXPECT_EQ(derive({"-mem-path", "/dev/hugepages", "-mem-prealloc"}), Words{});
 }
@@ -205,6 +206,20 @@ TEST(LaunchRules, CharacterDevicesMove) {
             (Words{"-chardev", "socket,id=c,path=/run/d/c.sock,server=on,wait=off"}));
   EXPECT_EQ(chardev("file,id=../../etc/x,path=/y"),
             (Words{"-chardev", "file,id=../../etc/x,path=/run/d/_.._.._etc_x.log"}));
+}
+
+TEST(LaunchRules, ASettingIsOfTheOptionThatItNames) {
+  EXPECT_EQ(derive({"-chardev", "socket,id=a,path=/old", "-set", "chardev.a.path=/older"}),
+            (Words{"-chardev", "socket,id=a,path=/run/d/a.sock,server=on,wait=off"}));
+  EXPECT_EQ(derive({"-device", "e1000,id=n", "-set", "device.n.mac=00:11:22:33:44:55"}),
+            (Words{"-device", "e1000,id=n,mac=00:11:22:33:44:55"}));
+  EXPECT_EQ(derive({"-drive", "id=d,file=a", "-set", "drive.d.file=b,c=d"}),
+            (Words{"-drive", "id=d,file=b,,c=d"}));
+  // Of none, it is QEMU's to say so.
+  for (const std::string& odd : {"chardev.b.path=/x", "device", "device.x", "device.a.b", "a.=.", ""}) {
+    const Words line = {"-chardev", "null,id=a", "-set", odd};
+    EXPECT_EQ(derive(line), line);
+  }
 }
 
 TEST(LaunchRules, ASocketPathThatIsTooLong) {
