@@ -132,7 +132,9 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
   }
 
   bool half_seen = false;
-  while (!sweep_.wait_finished(half_seen ? interval : interval / 4) && !state_->failed()) {
+  for (bool finished = false; !finished && !state_->failed();) {
+    finished = sweep_.wait_finished(half_seen ? interval : interval / 4);
+    // Also when the other half took less time than we waited.
     if (!half_seen && state_->counters.copied_pages * 2 >= armed) {
       half_seen = true;
       VMSNAP_TEST_POINT("copy.half");
