@@ -24,7 +24,13 @@ struct FrameSource {
   const SecretKey* key = nullptr;  // null: its frames are not sealed
   std::shared_ptr<const void> hold = nullptr;  // keeps all of the above
   const ByteSource* bytes = nullptr;  // read instead of fd, where the file itself is sealed
+  uint64_t opening = 0;  // of next_opening(), if nobody writes to the file any more; 0:
+                         // it is not to be read ahead
 };
+
+// A number for a file that was opened, which no other has had in this process: unlike
+// its descriptor's, which the next one gets, and unlike its seed, which a copy has too.
+uint64_t next_opening();
 
 // Which file the frames of a pack number are in, of an image that is read.
 class FrameFiles {
@@ -52,7 +58,8 @@ class OwnFrames : public FrameFiles {
 
 // The bytes of the page that `entry_bits`, not 0, refers to; its pack number
 // is that of `source`. Reads with one pread(2) if the frame holds one page, and
-// with two if it is a delta frame. Thread-safe; blocks on the disk.
+// with two if it is a delta frame; who reads a complete file in order does so for
+// some twenty frames in one call. Thread-safe; blocks on the disk.
 // ErrorCode::damaged if the entry, the frame or its base is not what it must be.
 Status read_stored_page(const FrameSource& source, uint64_t entry_bits,
                         std::span<std::byte, page_size> out);

@@ -199,7 +199,8 @@ FrameSource ImageFile::own_frames() const {
           .name = path(),
           .seed = image_seed(),
           .end = trailer_.frames_end - sizeof(layout::FrameHeader),
-          .bytes = frames_fd_ < 0 ? source_.get() : nullptr};
+          .bytes = frames_fd_ < 0 ? source_.get() : nullptr,
+          .opening = opening_};
 }
 
 PageTree::Shape ImageFile::tree_shape() const {

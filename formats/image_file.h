@@ -65,6 +65,7 @@ class ImageFile {
 
   std::shared_ptr<const ByteSource> source_;
   int frames_fd_ = -1;  // the source's, if it is a plain file
+  uint64_t opening_ = next_opening();
   layout::Header header_ = {};
   layout::Trailer trailer_ = {};
 };

@@ -49,8 +49,12 @@ Result<std::unique_ptr<PackFile>> PackFile::open(const std::string& path, const 
 }
 
 FrameSource PackFile::frames(uint64_t end) const {
-  return {fd_.get(), path_, layout::image_seed(id_), std::min(end, length_),
-          key_ ? &*key_ : nullptr};
+  return {.fd = fd_.get(),
+          .name = path_,
+          .seed = layout::image_seed(id_),
+          .end = std::min(end, length_),
+          .key = key_ ? &*key_ : nullptr,
+          .opening = opening_};
 }
 
 Result<layout::PackTrailer> PackFile::trailer() const {

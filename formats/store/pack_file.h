@@ -41,6 +41,7 @@ class PackFile {
   PackFile() = default;
 
   Fd fd_;
+  const uint64_t opening_ = next_opening();
   std::string path_;
   layout::ImageId id_ = {};
   uint64_t length_ = 0;

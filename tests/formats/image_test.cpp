@@ -3,8 +3,11 @@
 
 #include <csignal>
 #include <functional>
+#include <optional>
+#include <random>
 #include <thread>
 
+#include "formats/image_file.h"
 #include "formats/image_layout.h"
 #include "formats/verify.h"
 #include "tests/formats/test_image.h"
@@ -78,6 +81,47 @@ TEST(Image, RoundTrip) {
   EXPECT_EQ(info.regions[2].first_page, 1599u);
   EXPECT_EQ(info.regions[2].length, page_size);
   expect_whole(path);
+}
+
+// Whoever reads in order reads ahead, and must not see it.
+TEST(Image, InAnyOrderEachPageIsItself) {
+  TempDirectory directory;
+  const std::vector<PageBytes> pages = mixed_pages(600);
+  write_image(directory.file("a.img"), pages, {600});
+  write_image(directory.file("b.img"), {pages.rbegin(), pages.rend()}, {600});
+  const auto a = ImageReader::open(directory.file("a.img")).value();
+  const auto b = ImageReader::open(directory.file("b.img")).value();
+  std::mt19937_64 random(1);
+  PageBytes bytes;
+  uint64_t page = 0;
+  for (int i = 0; i < 20000; ++i) {
+    page = random() % 8 == 0 ? random() % 600 : (page + 600 + random() % 4 - 1) % 600;
+    ASSERT_TRUE(a->read_page(page, bytes));
+    ASSERT_EQ(bytes, pages[page]);
+    ASSERT_TRUE(b->read_page(page, bytes));
+    ASSERT_EQ(bytes, pages[599 - page]);
+  }
+}
+
+// What was read ahead of one is not taken for the other's, which has its descriptor.
+TEST(Image, ADamagedCopyIsNotTakenForTheOriginal) {
+  TempDirectory directory;
+  const std::string path = directory.file("a.img");
+  write_image(path, mixed_pages(600), {600});
+  const auto read_from = [&](uint64_t first) -> std::optional<ErrorCode> {
+    const auto image = ImageReader::open(path).value();
+    PageBytes bytes;
+    for (uint64_t page = first; page < 600; ++page) {
+      const auto read = image->read_page(page, bytes);
+      if (!read) return read.error().code();
+    }
+    return std::nullopt;
+  };
+  EXPECT_EQ(read_from(0), std::nullopt);
+  std::vector<std::byte> copy = read_file(path);
+  copy[ImageFile::open(path)->trailer().frames_end - 300] ^= std::byte{1};
+  write_file(path, copy);
+  EXPECT_EQ(read_from(597), ErrorCode::damaged);  // held to the end
 }
 
 // Made by the first release, and never made again.
