@@ -23,8 +23,9 @@
 
 namespace vmsnap {
 
-// The zstd level that pays: of frames alone, and where deltas are looked for.
-inline constexpr int level_alone = 1;
+// The zstd level that pays: of frames alone, and where deltas are looked for
+// (vmsnap-image(5), "Why frames are as they are").
+inline constexpr int level_alone = -1;
 inline constexpr int level_with_deltas = 5;
 
 // One thread's buffers.
