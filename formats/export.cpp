@@ -8,11 +8,11 @@
 #include <functional>
 #include <future>
 #include <span>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "formats/file.h"
+#include "formats/processors.h"
 
 namespace vmsnap {
 
@@ -68,7 +68,7 @@ Result<Window> decode(const ImageReader& image, Window window) {
 // Gives `take` every window that is not all zeros, in order; as many as there are
 // processors are decoded meanwhile.
 Status for_each_window(const ImageReader& image, const std::function<Status(const Window&)>& take) {
-  const size_t at_once = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
+  const size_t at_once = default_threads();
   std::deque<std::future<Result<Window>>> decoded;
   Window spare;
   for (uint64_t page = 0;;) {
@@ -102,8 +102,9 @@ Result<uint64_t> export_raw(const ImageReader& image, const std::string& out_pat
   uint64_t written = 0;
   VMSNAP_CHECK(for_each_window(image, [&](const Window& window) -> Status {
     for (const Window::Run run : window.data) {
-      VMSNAP_CHECK(write_all_at(file.fd(), window.of(run), run.first * page_size, out_path));
-      written += window.of(run).size();
+      const auto bytes = window.of(run);
+      VMSNAP_CHECK(write_all_at(file.fd(), bytes, run.first * page_size, out_path));
+      written += bytes.size();
     }
     return {};
   }));
@@ -120,8 +121,10 @@ Status export_raw(const ImageReader& image, std::ostream& out) {
   const std::vector<std::byte> zeros(window_pages * page_size);
   uint64_t done = 0;  // pages
   const auto write_zeros = [&](uint64_t end) -> Status {
-    for (; done < end; done += std::min(window_pages, end - done)) {
-      VMSNAP_CHECK(write(std::span(zeros).first(std::min(window_pages, end - done) * page_size)));
+    while (done < end) {
+      const uint64_t count = std::min(window_pages, end - done);
+      VMSNAP_CHECK(write(std::span(zeros).first(count * page_size)));
+      done += count;
     }
     return {};
   };

@@ -25,8 +25,8 @@ class ReadAhead {
  public:
   bool is_of(const FrameSource& source) const { return source.opening == opening_; }
 
-  // The bytes at `offset`, all of them, or false: they are to be read alone. Reads
-  // more only for who comes from just before, so that single pages cost no more.
+  // The bytes at `offset`, below the source's end, all of them, or false: they are
+  // to be read alone. Reads more only for who comes from just before, so that single pages cost no more.
   bool read(const FrameSource& source, std::span<std::byte> bytes, uint64_t offset) {
     if (!is_of(source)) begin(source);
     const uint64_t end = offset_ + held_;
@@ -40,7 +40,7 @@ class ReadAhead {
     if (!follows && !goes_on) return false;
     bytes_.resize(at_once);
     held_ = 0;
-    const size_t wanted = std::min<uint64_t>(at_once, source.end - std::min(source.end, offset));
+    const size_t wanted = std::min<uint64_t>(at_once, source.end - offset);
     const ssize_t got = ::pread(source.fd, bytes_.data(), wanted, static_cast<off_t>(offset));
     // What cannot be read is the next one's to say, who reads it alone.
     if (got < static_cast<ssize_t>(bytes.size())) return false;

@@ -50,8 +50,9 @@ void fold_settings(std::vector<QemuOption>& options) {
     const size_t key = id == std::string::npos ? id : text.find('.', id + 1);
     const size_t value = key == std::string::npos ? key : text.find('=', key + 1);
     if (value == std::string::npos) continue;
+    const std::string group = text.substr(0, id), name = text.substr(id + 1, key - id - 1);
     const auto named = std::find_if(options.begin(), setting, [&](const QemuOption& option) {
-      return option.name == text.substr(0, id) && identity(option) == text.substr(id + 1, key - id - 1);
+      return option.name == group && identity(option) == name;
     });
     if (named == setting) continue;
     OptionValue changed = OptionValue::parse(*named->value, implied_key(named->name));

@@ -46,9 +46,9 @@
 #include "formats/image_reader.h"
 #include "formats/latency_histogram.h"
 #include "restore/episode.h"
-#include "restore/put_off.h"
 #include "restore/page_marks.h"
 #include "restore/page_source.h"
+#include "restore/put_off.h"
 #include "restore/working_set_recorder.h"
 #include "snap/vmm/uffd.h"
 
@@ -230,7 +230,7 @@ class PageServer {
   bool skipped_ = false;             // pages of this round could not be read now
   Clock::time_point fill_again_at_;  // not before
 
-  PutOff<Fault> put_off_;
+  PutOff<Fault> put_off_;  // their pages cannot be read now
   Episode delay_;
   LatencyHistogram latency_;
   uint64_t data_pages_ = 0;

@@ -17,6 +17,7 @@
 
 #include "formats/file.h"
 #include "formats/interrupt.h"
+#include "formats/processors.h"
 #include "formats/test_point.h"
 #include "restore/removals.h"
 #include "snap/vmm/injector.h"
@@ -254,7 +255,7 @@ Status compare_memory(const Process& process, const ImageReader& image, const Gu
     }
     return {};
   };
-  std::vector<Status> ended(std::clamp(std::thread::hardware_concurrency(), 1u, 8u));
+  std::vector<Status> ended(default_threads());
   {
     std::vector<std::jthread> threads;
     for (Status& end : ended) {

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <memory>
 #include <ostream>
-#include <thread>
 
 #include "formats/clock.h"
 #include "formats/log.h"
+#include "formats/processors.h"
 #include "formats/store/manifest.h"
 #include "formats/store/prune.h"
 #include "formats/store/store_verify.h"
@@ -72,8 +72,7 @@ Status BackupRun::snapshot(const BackupVm& vm) {
   options.pause_command = vm.pause_command;
   options.pause_command_limit = vm.pause_command_limit;
   options.stall_limit = vm.stall_limit;
-  options.cpus = config_.cpus ? static_cast<unsigned>(*config_.cpus)
-                              : std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
+  options.cpus = config_.cpus ? static_cast<unsigned>(*config_.cpus) : default_threads();
   options.memory = config_.memory;
   options.bytes_per_second = config_.bandwidth.value_or(0);
   options.level = config_.level;

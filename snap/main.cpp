@@ -3,14 +3,13 @@
 #include <signal.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <chrono>
 #include <iostream>
-#include <thread>
 
 #include "formats/command.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
+#include "formats/processors.h"
 #include "formats/store/key_command.h"
 #include "formats/store/store_commands.h"
 #include "restore/park_commands.h"
@@ -38,7 +37,7 @@ Result<ParkImage> take_park_image(const ParkImageRequest& request, CommandContex
   options.store = request.store.options();
   options.dedup_domain = request.dedup_domain;
   options.tags = request.tags;
-  options.cpus = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
+  options.cpus = default_threads();
   // The VM lives on with the disks that it has.
   options.without_disks = true;
   options.stay_paused = true;

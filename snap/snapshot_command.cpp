@@ -1,11 +1,10 @@
 #include "snap/snapshot_command.h"
 
-#include <algorithm>
 #include <charconv>
 #include <memory>
 #include <ostream>
-#include <thread>
 
+#include "formats/processors.h"
 #include "formats/size.h"
 #include "formats/store/image_argument.h"
 #include "snap/progress.h"
@@ -143,7 +142,7 @@ Status run(const Arguments& arguments, CommandContext& context) {
 
 void add_snapshot_command(CLI::App& app, CommandContext& context) {
   auto arguments = std::make_shared<Arguments>();
-  arguments->options.cpus = std::clamp(std::thread::hardware_concurrency(), 1u, 8u);
+  arguments->options.cpus = default_threads();
   CLI::App* command = app.add_subcommand("snapshot", "Snapshot a running VM, or memory of a process");
   command->footer(examples);
 

@@ -39,8 +39,8 @@
 #include "restore/farm/in_flight.h"
 #include "restore/farm/page_cache.h"
 #include "restore/page_marks.h"
-#include "restore/put_off.h"
 #include "restore/page_source.h"
+#include "restore/put_off.h"
 #include "snap/vmm/uffd.h"
 
 namespace vmsnap {
