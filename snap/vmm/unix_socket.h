@@ -19,8 +19,9 @@ Result<sockaddr_un> socket_address(const std::string& path);
 // SOCK_NONBLOCK if wished. The error has connect(2)'s errno.
 Result<Fd> connect_to_socket(const std::string& path, int type);
 
-// Makes the socket, mode 0600 from its first moment, and listens. Nothing may
-// be at `path`.
+// Makes the socket, mode 0600 from its first moment, and listens: once the file
+// is there, connecting to it works. Nothing may be at `path`, whose length may be
+// nine bytes less than an address holds.
 Result<Fd> listen_on_socket(const std::string& path, int type, int backlog);
 
 }  // namespace vmsnap

@@ -140,12 +140,16 @@ class Process {
     }
   }
 
+  // Returns when each writer has written.
   void start(uint64_t sweep_us, uint64_t touch_us) {
     for (unsigned writer = 0; writer < layout_.threads; ++writer) {
       begin([this, writer] { write_slots(writer); });
     }
     begin([this, sweep_us] { sweep(sweep_us); });
     begin([this, touch_us] { touch(touch_us); });
+    for (unsigned writer = 0; writer < layout_.threads; ++writer) {
+      while (counters_[writer]->load(std::memory_order_acquire) == 0) std::this_thread::yield();
+    }
   }
 
   // Starts a thread that disturbs with `what`, on random 2 MiB of all but the holes.

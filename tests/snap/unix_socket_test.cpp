@@ -1,0 +1,65 @@
+#include "snap/vmm/unix_socket.h"
+
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include <atomic>
+#include <filesystem>
+#include <thread>
+
+#include "tests/formats/test_image.h"
+
+namespace vmsnap {
+namespace {
+
+TEST(UnixSocket, IsThereOnceItCanBeConnectedTo) {
+  const TempDirectory directory;
+  const std::string path = directory.file("s");
+  std::atomic<bool> stop = false;
+  std::atomic<int> refused = 0;
+  std::thread client([&] {
+    while (!stop) {
+      const auto connected = connect_to_socket(path, SOCK_STREAM);
+      if (!connected && connected.error().os_errno() == ECONNREFUSED) ++refused;
+    }
+  });
+  for (int i = 0; i < 300; ++i) {
+    const auto listener = listen_on_socket(path, SOCK_STREAM, 1000);
+    ASSERT_TRUE(listener) << listener.error().message();
+    std::filesystem::remove(path);  // before it is closed
+  }
+  stop = true;
+  client.join();
+  EXPECT_EQ(refused, 0);
+}
+
+TEST(UnixSocket, IsOfItsOwnerAlone) {
+  const TempDirectory directory;
+  const auto listener = listen_on_socket(directory.file("s"), SOCK_STREAM, 1);
+  ASSERT_TRUE(listener);
+  struct stat about = {};
+  ASSERT_EQ(::stat(directory.file("s").c_str(), &about), 0);
+  EXPECT_EQ(about.st_mode, S_IFSOCK | 0600);
+}
+
+TEST(UnixSocket, TakesNothingAwayAndLeavesNothing) {
+  const TempDirectory directory;
+  ASSERT_TRUE(write_small_file(directory.file("s"), "x"));
+  const auto listener = listen_on_socket(directory.file("s"), SOCK_STREAM, 1);
+  ASSERT_FALSE(listener);
+  EXPECT_EQ(listener.error().os_errno(), EEXIST);
+  EXPECT_EQ(*read_small_file(directory.file("s")), "x");
+  std::filesystem::remove(directory.file("s"));
+  EXPECT_TRUE(std::filesystem::is_empty(directory.path()));
+}
+
+TEST(UnixSocket, SaysHowLongItsNameMayBe) {
+  const auto listener = listen_on_socket(std::string(99, 'x'), SOCK_STREAM, 1);
+  ASSERT_FALSE(listener);
+  EXPECT_EQ(listener.error().code(), ErrorCode::usage);
+  EXPECT_NE(listener.error().message().find("too long (at most 98 bytes)"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace vmsnap
