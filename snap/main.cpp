@@ -57,18 +57,28 @@ Result<ParkImage> take_park_image(const ParkImageRequest& request, CommandContex
 // that is opened would get such a number, and then be taken for the terminal: what
 // is written there would go into an image, and the background (restore/background.h)
 // would replace it. In ascending order, since open(2) takes the lowest that is free.
-bool open_standard_descriptors() {
+// Standard output for reading only: an export to it must fail.
+struct StandardDescriptors {
+  bool all_open = true;
+  bool had_output = true;
+};
+
+StandardDescriptors open_standard_descriptors() {
+  StandardDescriptors found;
   for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; ++fd) {
-    if (::fcntl(fd, F_GETFD) < 0 && ::open("/dev/null", O_RDWR) != fd) return false;
+    if (::fcntl(fd, F_GETFD) >= 0) continue;
+    if (fd == STDOUT_FILENO) found.had_output = false;
+    if (::open("/dev/null", fd == STDOUT_FILENO ? O_RDONLY : O_RDWR) != fd) found.all_open = false;
   }
-  return true;
+  return found;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   // Without this nothing may be opened, and there may be nowhere to say so.
-  if (!open_standard_descriptors()) return exit_status(ErrorCode::io);
+  const StandardDescriptors standard = open_standard_descriptors();
+  if (!standard.all_open) return exit_status(ErrorCode::io);
   ::signal(SIGPIPE, SIG_IGN);
   ::signal(SIGXFSZ, SIG_IGN);  // a file size limit is an error value, like a full disk
   install_interrupt_handlers();
@@ -96,6 +106,6 @@ int main(int argc, char** argv) {
   const Status done = context.run();
   std::cout.flush();
   if (!done) return report(done.error());
-  if (!std::cout) return report(Error(ErrorCode::io, "cannot write to standard output"));
+  if (!std::cout && standard.had_output) return report(Error(ErrorCode::io, "cannot write to standard output"));
   return 0;
 }

@@ -222,6 +222,16 @@ def test_without_standard_descriptors(world, guest, closed):
     restored.wait_for_progress()
 
 
+def test_without_standard_output(world, guest):
+    """A snapshot says nothing and is there; an export that goes nowhere failed."""
+    image = world.path("vm.img")
+    for status, arguments in ((0, ["snapshot", "--qmp", guest.qmp_socket, "--output", image]),
+                              (1, ["export", image, "--raw", "-"])):
+        run = world.start(["sh", "-c", 'exec "$@" >&-', "sh", harness.VMSNAP, *arguments])
+        assert run.wait(harness.LIMIT) == status
+    harness.verify(world, image)
+
+
 def test_restored_vm_is_killed(world, guest):
     """The page server of a VM that is gone ends, too."""
     image = world.path("vm.img")
