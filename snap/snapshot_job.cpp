@@ -19,7 +19,7 @@ using Clock = std::chrono::steady_clock;
 
 }  // namespace
 
-Status SnapshotJob::wait_for_restore(const std::vector<MemoryBlock>& blocks) const {
+Result<bool> SnapshotJob::wait_for_restore(const std::vector<MemoryBlock>& blocks) const {
   constexpr std::chrono::milliseconds step{100};
   const Clock::time_point deadline = Clock::now() + options_.restore_wait;
   bool asked = false;
@@ -34,7 +34,7 @@ Status SnapshotJob::wait_for_restore(const std::vector<MemoryBlock>& blocks) con
     std::this_thread::sleep_for(step);
     VMSNAP_CHECK(check_interrupted());
   }
-  return {};
+  return asked;
 }
 
 Status SnapshotJob::prepare(std::vector<MemoryBlock> blocks, Qmp* qmp, const std::string& name) {

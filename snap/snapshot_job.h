@@ -28,8 +28,9 @@ class SnapshotJob {
         start_(std::chrono::steady_clock::now()),
         process_(process) {}
 
-  // Returns when nobody else watches the memory, or the time for that is over.
-  Status wait_for_restore(const std::vector<MemoryBlock>& blocks) const;
+  // Returns when nobody else watches the memory, or the time for that is over;
+  // whether that took any time.
+  Result<bool> wait_for_restore(const std::vector<MemoryBlock>& blocks) const;
 
   // Checks that only read; then the guard, the output file, the userfaultfd;
   // when this returns, the memory is registered and the target runs on.

@@ -139,11 +139,23 @@ std::vector<MemoryBlock> to_memory_blocks(const std::vector<RamBlock>& blocks) {
   return memory;
 }
 
+struct VmMemory {
+  std::vector<RamBlockLine> listed;
+  std::vector<MemoryBlock> blocks;
+};
+
+Result<VmMemory> find_memory(Qmp& qmp, const Process& process) {
+  VmMemory memory;
+  memory.listed = VMSNAP_TRY(list_ram_blocks(qmp));
+  memory.blocks = to_memory_blocks(VMSNAP_TRY(read_ram_blocks(qmp, process)));
+  return memory;
+}
+
 // That nothing was plugged in or resized between the first look and the instant.
 // Asked when the VM runs again, which it need not wait for: what came since fails
 // the snapshot too.
-Status check_same_blocks(Qmp& qmp, const std::vector<RamBlockLine>& before) {
-  if (VMSNAP_TRY(list_ram_blocks(qmp)) == before) return {};
+Status check_same_blocks(Qmp& qmp, const VmMemory& before) {
+  if (VMSNAP_TRY(list_ram_blocks(qmp)) == before.listed) return {};
   return tl::unexpected(
       Error(ErrorCode::vm, "memory was plugged into the VM, or out of it, while the snapshot began")
           .with_remedy("Take the snapshot again."));
@@ -151,13 +163,14 @@ Status check_same_blocks(Qmp& qmp, const std::vector<RamBlockLine>& before) {
 
 Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& options) {
   VmRecord record = VMSNAP_TRY(record_vm(qmp, job.process()));
-  VMSNAP_CHECK(job.wait_for_restore(to_memory_blocks(VMSNAP_TRY(read_ram_blocks(qmp, job.process())))));
+  VmMemory memory = VMSNAP_TRY(find_memory(qmp, job.process()));
+  if (VMSNAP_TRY(job.wait_for_restore(memory.blocks))) {
+    memory = VMSNAP_TRY(find_memory(qmp, job.process()));
+  }
   VMSNAP_TRY(check_guest_state(qmp));
   VMSNAP_CHECK(check_migration(qmp));
   VMSNAP_CHECK(check_disks(qmp, options));
-  const auto listed = VMSNAP_TRY(list_ram_blocks(qmp));
-  const auto blocks = VMSNAP_TRY(read_ram_blocks(qmp, job.process()));
-  VMSNAP_CHECK(job.prepare(to_memory_blocks(blocks), &qmp, record.name));
+  VMSNAP_CHECK(job.prepare(memory.blocks, &qmp, record.name));
 
   DeviceStateTarget target = VMSNAP_TRY(DeviceStateTarget::prepare(qmp));
   std::vector<std::byte> device_state;
@@ -188,7 +201,7 @@ Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& o
   VMSNAP_CHECK(resumed);
   VMSNAP_CHECK(paused);
   record.was_running = pause.was_running();
-  VMSNAP_CHECK(check_same_blocks(qmp, listed));
+  VMSNAP_CHECK(check_same_blocks(qmp, memory));
   // Others may use the monitor from here on, unless it is to resume the VM yet.
   if (!stay) qmp.close();
   auto summary = job.finish(to_json(record), device_state);
