@@ -28,6 +28,13 @@ LIMIT = float(os.environ.get("VMSNAP_TEST_LIMIT", "120"))
 # For runs that a test stops on purpose: nobody is to give up on them meanwhile.
 PATIENT = ["--stall-limit", "600"]
 
+
+def until_written(point):
+    """Options of a snapshot that is to get to `point`: on a loaded machine, all may
+    be copied before the guest has a turn to write."""
+    return ["--bandwidth", "8M"] if point == "copy.first_fault" else []
+
+
 # Exit statuses by the names that the code gives them.
 EXIT = {name: int(number) for name, number in re.findall(
     r"case ErrorCode::(\w+): return (\d+);", (SOURCE / "formats/error.cpp").read_text())}

@@ -132,7 +132,8 @@ def test_vm_dies(world, point):
     guest = victims.OrderedGuest(world)
     folder = world.directory("out")
     run = world.start_vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", folder / "vm.img",
-                             *harness.PATIENT, env={"VMSNAP_STOP_AT": point})
+                             *harness.PATIENT, *harness.until_written(point),
+                             env={"VMSNAP_STOP_AT": point})
     run.wait_stopped()
     guest.kill()
     run.signal(signal.SIGCONT)

@@ -58,8 +58,8 @@ def assert_helpers_end(world):
 @pytest.mark.parametrize("point", SNAPSHOT_POINTS)
 def test_kill_snapshot_of_a_vm(shared_world, guest, point):
     folder = shared_world.directory("out")
-    result = shared_world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output",
-                                 folder / "x.img", env={"VMSNAP_KILL_AT": point})
+    result = shared_world.vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output", folder / "x.img",
+                                 *harness.until_written(point), env={"VMSNAP_KILL_AT": point})
     assert result.code == -signal.SIGKILL, f"never got to {point}: {result}"
     checks.assert_running(guest)
     assert_helpers_end(shared_world)
@@ -77,7 +77,7 @@ def test_kill_snapshot_of_a_process(world, memory):
     for point in SNAPSHOT_POINTS:
         folder = world.directory("out")
         result = world.vmsnap("snapshot", *target, "--output", folder / "x.img",
-                              env={"VMSNAP_KILL_AT": point})
+                              *harness.until_written(point), env={"VMSNAP_KILL_AT": point})
         assert result.code == -signal.SIGKILL or point in ONLY_OF_A_VM, (
             f"never got to {point}: {result}")
         harness.wait_until(lambda: harness.process_state(victim.pid) != "T",
@@ -101,7 +101,7 @@ def test_signal_during_a_snapshot(shared_world, guest, point, number):
     """A polite signal is obeyed and answered with the exit status for it."""
     folder = shared_world.directory("out")
     run = shared_world.start_vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output",
-                                    folder / "x.img", *harness.PATIENT,
+                                    folder / "x.img", *harness.PATIENT, *harness.until_written(point),
                                     env={"VMSNAP_STOP_AT": point})
     run.wait_stopped()
     run.signal(number)
