@@ -143,6 +143,7 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
   }
   faults_->request_stop();
   fault_thread_.join();
+  std::unique_lock nobody_helps(state_->closing);  // and whoever did has said what failed
   VMSNAP_CHECK(state_->status());
   for (const auto& piece : state_->pieces) {
     for (uint64_t unit = 0; unit < piece->states.count(); ++unit) {
@@ -154,10 +155,8 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
     }
   }
   // The guest is on its own again; the rest is between us and the disk.
-  {
-    std::lock_guard lock(state_->closing);  // nobody is helping
-    state_->uffd.close();
-  }
+  state_->uffd.close();
+  nobody_helps.unlock();
   options_.released();
   VMSNAP_TEST_POINT("copy.done");
   state_->staging->close();

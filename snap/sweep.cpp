@@ -62,6 +62,8 @@ Result<bool> Sweep::next(Chunk& chunk, const std::function<Status()>& full) {
     ++copying_;
   }
   const Status copied = is_large(*work.piece) ? copy_large_unit(work, chunk, full) : copy_pages(work, chunk);
+  // Before anybody can see that the sweep is through, without what failed.
+  if (!copied) state_.fail(copied.error());
   {
     std::lock_guard lock(mutex_);
     --copying_;
