@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <csignal>
+#include <cstdint>
 #include <cstdlib>
 
 namespace vmsnap {
@@ -15,15 +16,26 @@ std::string_view variable(const char* name) {
   return value ? std::string_view(value) : std::string_view();
 }
 
+struct StopAt {
+  std::string_view name;
+  uint64_t time = 1;  // from one
+
+  static StopAt parse(std::string_view text) {
+    const size_t colon = text.find(':');
+    if (colon == text.npos) return {text};
+    return {text.substr(0, colon), std::strtoull(text.data() + colon + 1, nullptr, 10)};
+  }
+};
+
 }  // namespace
 
 void reach_test_point(std::string_view name) {
   static const std::string_view kill_at = variable("VMSNAP_KILL_AT");
-  static const std::string_view stop_at = variable("VMSNAP_STOP_AT");
-  static std::atomic<bool> stopped = false;
+  static const StopAt stop_at = StopAt::parse(variable("VMSNAP_STOP_AT"));
+  static std::atomic<uint64_t> times = 0;
   if (!kill_at.empty() && kill_at == name) ::kill(::getpid(), SIGKILL);
   // The whole process stands still, not this thread alone.
-  if (!stop_at.empty() && stop_at == name && !stopped.exchange(true)) ::kill(::getpid(), SIGSTOP);
+  if (!stop_at.name.empty() && stop_at.name == name && ++times == stop_at.time) ::kill(::getpid(), SIGSTOP);
 }
 
 }  // namespace vmsnap

@@ -1,9 +1,10 @@
 // Named moments at which a test may make this process die or stand still.
 //
 // VMSNAP_KILL_AT=name makes the process kill itself with SIGKILL when it gets
-// there; VMSNAP_STOP_AT=name stops it with SIGSTOP, once, until SIGCONT. The
-// tests walk the whole list below: "killed at any moment" is checked at each.
-// Without the variables a point costs one branch.
+// there; VMSNAP_STOP_AT=name stops it with SIGSTOP, once, until SIGCONT, and
+// VMSNAP_STOP_AT=name:5 only when it is there for the fifth time. The tests walk
+// the whole list below: "killed at any moment" is checked at each. Without the
+// variables a point costs two branches.
 #pragma once
 
 #include <array>
@@ -26,7 +27,7 @@ inline constexpr std::array test_point_names = {
     std::string_view("pause.half_armed"),     // some ranges write-protected
     std::string_view("pause.armed"),          // all are
     std::string_view("pause.resumed"),        // the VM runs again
-    std::string_view("copy.first_fault"),     // one writer waits, nothing copied for it
+    std::string_view("copy.fault"),           // one writer waits, nothing copied for it; each time
     std::string_view("copy.half"),            // about half the pages copied
     std::string_view("copy.done"),            // all copied, uffd closed
     std::string_view("store.pack_started"),     // a pack's header written, no frame

@@ -154,7 +154,8 @@ Status FaultHandler::let_through(CapturedPiece& piece, uint64_t unit) {
 
 Result<RemoteRange> FaultHandler::handle_write(CapturedPiece& piece, uint64_t unit) {
   const auto start = Clock::now();
-  if (++state_.counters.write_faults == 1) VMSNAP_TEST_POINT("copy.first_fault");
+  ++state_.counters.write_faults;
+  VMSNAP_TEST_POINT("copy.fault");
   if (state_.first_written.size() < CaptureState::max_first_written) {
     state_.first_written.push_back(piece.page_of(unit));
   }

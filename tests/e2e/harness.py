@@ -32,7 +32,7 @@ PATIENT = ["--stall-limit", "600"]
 def until_written(point):
     """Options of a snapshot that is to get to `point`: on a loaded machine, all may
     be copied before the guest has a turn to write."""
-    return ["--bandwidth", "8M"] if point == "copy.first_fault" else []
+    return ["--bandwidth", "8M"] if point.startswith("copy.fault") else []
 
 
 # Exit statuses by the names that the code gives them.

@@ -90,7 +90,7 @@ def test_kill_snapshot_of_a_process(world, memory):
         victim.assert_live()
 
 
-INSIDE = ["attach.detached", "pause.stopped", "pause.half_armed", "pause.armed", "copy.first_fault",
+INSIDE = ["attach.detached", "pause.stopped", "pause.half_armed", "pause.armed", "copy.fault",
           "copy.half"]
 
 
