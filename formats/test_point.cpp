@@ -34,8 +34,9 @@ void reach_test_point(std::string_view name) {
   static const StopAt stop_at = StopAt::parse(variable("VMSNAP_STOP_AT"));
   static std::atomic<uint64_t> times = 0;
   if (!kill_at.empty() && kill_at == name) ::kill(::getpid(), SIGKILL);
-  // The whole process stands still, not this thread alone.
-  if (!stop_at.name.empty() && stop_at.name == name && ++times == stop_at.time) ::kill(::getpid(), SIGSTOP);
+  // The whole process stands still. By raise(), so that this thread is the first: of
+  // a signal to the process another may be told, and this one goes on until it was.
+  if (!stop_at.name.empty() && stop_at.name == name && ++times == stop_at.time) ::raise(SIGSTOP);
 }
 
 }  // namespace vmsnap
