@@ -55,14 +55,14 @@ def assert_unharmed(pid, files_before=None):
     if files_before is not None:
         # A monitor connection closes when QEMU's main loop comes round.
         harness.wait_until(lambda: len(open_files(pid)) <= len(files_before),
-                           f"process {pid} to have no file more open than before "
+                           lambda: f"process {pid} to have no file more open than before "
                            f"({set(open_files(pid)) - set(files_before)})", limit=20)
 
 
 def assert_goes_on(machine):
     """A guest that runs and gets on."""
     harness.wait_until(lambda: machine.status() == "running",
-                       f"the VM to run (it is {machine.status()})", limit=30)
+                       lambda: f"the VM to run (it is {machine.status()})", limit=30)
     machine.wait_for_progress()
 
 

@@ -57,14 +57,15 @@ def need(condition, name, reason):
 
 
 def wait_until(condition, what, limit=LIMIT, step=0.02):
-    """Polls until condition() is true and returns its value."""
+    """Polls until condition() is true and returns its value. `what` is a text, or a
+    function that gives it, for what is known only at the end."""
     end = time.monotonic() + limit
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > end:
-            raise AssertionError(f"waited {limit:.0f} s in vain: {what}")
+            raise AssertionError(f"waited {limit:.0f} s in vain: {what() if callable(what) else what}")
         time.sleep(step)
 
 

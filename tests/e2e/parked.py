@@ -66,4 +66,4 @@ def unpark_and_check(world, guest, run_dir):
 
 def wait_for_phase(run_dir, phase):
     harness.wait_until(lambda: record(run_dir)["phase"] == phase,
-                       f"{phase}, from {record(run_dir)['phase']}")
+                       lambda: f"{phase}, from {record(run_dir)['phase']}")

@@ -26,7 +26,7 @@ def assert_runs_the_other_task(machine):
         text = machine.serial_text()
         return text if re.search(r"\[w{20,}$", text) else None
     text = harness.wait_until(
-        works, f"the second task; the console ends {machine.serial_text()[-40:]!r}")
+        works, lambda: f"the second task; the console ends {machine.serial_text()[-40:]!r}")
     assert machine.status() == "running"
     return text
 

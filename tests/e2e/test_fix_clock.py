@@ -64,7 +64,7 @@ def assert_clock_of_the_host(machine, since):
     """The guest's clock, once the agent has set it, is between ours before the
     restore and ours now; but for the minute that a slow machine may lose."""
     harness.wait_until(lambda: linux_guest.clock(machine.serial_text()) > LONG_AGO + DAY,
-                       f"another time than {linux_guest.clock(machine.serial_text())}")
+                       lambda: f"another time than {linux_guest.clock(machine.serial_text())}")
     victims.assert_linux_goes_on(machine)
     clock = linux_guest.clock(machine.serial_text())
     assert since - 60 <= clock <= time.time() + 60, clock

@@ -52,7 +52,7 @@ def assert_next_run_cleans_up(world, folder, *target):
 
 def assert_helpers_end(world):
     harness.wait_until(lambda: not world.vmsnap_processes(),
-                       f"helper processes to end: {world.processes()}", limit=30)
+                       lambda: f"helper processes to end: {world.processes()}", limit=30)
 
 
 @pytest.mark.parametrize("point", SNAPSHOT_POINTS)

@@ -173,8 +173,8 @@ def assert_linux_goes_on(machine, more_ticks=3, more_checks=2):
         assert harness.is_running(machine.pid), f"QEMU ended; its console:\n{text[-2000:]}"
         return (linux_guest.ticks(text) >= ticks + more_ticks
                 and linux_guest.memory_checks(text) >= checks + more_checks)
-    harness.wait_until(later, f"ticks beyond {ticks} and memory checks beyond {checks}; "
-                              f"the console ends with {machine.serial_text()[-300:]!r}")
+    harness.wait_until(later, lambda: f"ticks beyond {ticks} and memory checks beyond {checks}; "
+                                      f"the console ends with {machine.serial_text()[-300:]!r}")
 
 
 class Talker:
