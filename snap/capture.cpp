@@ -185,12 +185,12 @@ void Capture::mend_huge_pages() {
 // the next of them needs; then the sweep, until there is no more.
 Status Capture::work() {
   take_short_turns();
-  ImageWriter::Encoder encoder([this, pages = 0u, writes_seen = uint64_t{0}]() mutable {
+  ImageWriter::Encoder encoder([this, pages = 0u, woken_seen = uint64_t{0}]() mutable {
     if (++pages % pages_between_helps != 0) return;
     faults_->help();
-    const uint64_t writes = state_->counters.write_faults;
+    const uint64_t woken = state_->writers_woken;
     // To a writer that has been let go: the kernel would look only at its next tick.
-    if (writes != std::exchange(writes_seen, writes)) ::sched_yield();
+    if (woken != std::exchange(woken_seen, woken)) ::sched_yield();
   });
   Chunk swept = VMSNAP_TRY(Chunk::create());
   swept.populate();

@@ -120,6 +120,7 @@ class CaptureState {
   std::vector<UnitRun> let_through;  // freed for early writers since they were last protected
 
   std::atomic<bool> early_writes_wait = false;  // a little, so that arming gains on them
+  std::atomic<uint64_t> writers_woken = 0;      // times; from the instant on
 
   // What was written shortly before the instant, and so is written again soon.
   // Arming's until the instant.

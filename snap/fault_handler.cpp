@@ -85,6 +85,8 @@ void FaultHandler::help() {
   const std::shared_lock open(state_.closing, std::try_to_lock);
   // Once stopping, whoever has the lock may close the userfaultfd.
   if (!open || !can_be_helped_ || stopping_ || state_.failed() || !state_.uffd.has_events()) return;
+  // Or the thread in run(), which is preferred, waits for a compressor, which is not.
+  const HigherPriority preferred;
   // Whoever helps may be the only one who makes room.
   for (int i = 0; i < max_helped && state_.staging->has_plenty(); ++i) {
     std::unique_lock lock(state_.arming, std::try_to_lock);
@@ -120,7 +122,10 @@ Result<size_t> FaultHandler::answer(std::unique_lock<std::mutex> lock) {
   RemoteRange waiting;
   for (const UffdEvent& event : events) waiting = VMSNAP_TRY(handle(event));
   lock.unlock();
-  if (waiting.length > 0) VMSNAP_CHECK(state_.uffd.wake(waiting));
+  if (waiting.length > 0) {
+    VMSNAP_CHECK(state_.uffd.wake(waiting));
+    ++state_.writers_woken;
+  }
   return events.size();
 }
 

@@ -1,7 +1,9 @@
 #include "snap/sweep.h"
 
 #include <algorithm>
+#include <optional>
 
+#include "snap/thread_priority.h"
 #include "snap/window_copy.h"
 
 namespace vmsnap {
@@ -80,6 +82,8 @@ Status Sweep::copy_pages(const Work& work, Chunk& chunk) {
                         : quiet                          ? pages_at_once_when_quiet
                                                          : pages_at_once;
   for (uint64_t first = work.first; first < work.end && !state_.failed(); first += step) {
+    std::optional<HigherPriority> preferred;  // a writer may wait for what is claimed
+    if (!quiet) preferred.emplace();
     VMSNAP_CHECK(copy_window(state_, *work.piece, first, std::min(work.end, first + step), chunk));
   }
   return {};

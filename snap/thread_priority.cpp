@@ -11,7 +11,10 @@ namespace vmsnap {
 
 namespace {
 
+constexpr int most_preferred = -20;
 constexpr int lower_by = 5;
+
+int nice_value() { return ::getpriority(PRIO_PROCESS, static_cast<id_t>(::gettid())); }
 
 void set_nice(int value) {
   if (::geteuid() == 0) ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), value);
@@ -35,15 +38,20 @@ void schedule_as_batch(uint64_t slice_ns) {
   SchedulingAttributes wanted = {};
   wanted.size = sizeof wanted;
   wanted.policy = SCHED_BATCH;
-  wanted.nice = ::getpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()));
+  wanted.nice = nice_value();
   wanted.runtime = slice_ns;
   ::syscall(SYS_sched_setattr, 0, &wanted, 0);
+}
+
+void set_policy(int policy) {
+  const sched_param none = {};
+  (void)::sched_setscheduler(0, policy, &none);
 }
 
 }  // namespace
 
 void prefer_this_thread() {
-  set_nice(-20);
+  set_nice(most_preferred);
   schedule_as_batch(0);
 }
 
@@ -52,10 +60,20 @@ void take_short_turns() {
   if (::sched_getscheduler(0) != SCHED_IDLE) schedule_as_batch(least_ns);
 }
 
-LowerPriority::LowerPriority() : before_(::getpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()))) {
+LowerPriority::LowerPriority() : before_(nice_value()) {
   set_nice(before_ + lower_by);
 }
 
 LowerPriority::~LowerPriority() { set_nice(before_); }
+
+HigherPriority::HigherPriority() : before_(nice_value()), was_idle_(::sched_getscheduler(0) == SCHED_IDLE) {
+  if (was_idle_) set_policy(SCHED_BATCH);
+  set_nice(most_preferred);
+}
+
+HigherPriority::~HigherPriority() {
+  set_nice(before_);
+  if (was_idle_) set_policy(SCHED_IDLE);
+}
 
 }  // namespace vmsnap

@@ -26,7 +26,22 @@ class LowerPriority {
   LowerPriority& operator=(const LowerPriority&) = delete;
 
  private:
-  int before_ = 0;
+  const int before_;
+};
+
+// While this lives, somebody waits for what the calling thread holds, a lock or a
+// page: none may take the processor from it, not even the guest. For as long as a
+// few pages or a huge one take to copy.
+class HigherPriority {
+ public:
+  HigherPriority();
+  ~HigherPriority();
+  HigherPriority(const HigherPriority&) = delete;
+  HigherPriority& operator=(const HigherPriority&) = delete;
+
+ private:
+  const int before_;
+  const bool was_idle_;  // SCHED_IDLE, which has a processor when nobody wants one
 };
 
 }  // namespace vmsnap
