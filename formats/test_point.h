@@ -55,6 +55,7 @@ inline constexpr std::array test_point_names = {
     std::string_view("restore.registered"),   // its RAM is served by us
     std::string_view("restore.loading"),      // device state on its way
     std::string_view("restore.running"),      // the guest executes
+    std::string_view("background.start"),     // a process of its own is to serve from here on
     std::string_view("restore.half"),         // about half the pages are there
     std::string_view("restore.filled"),       // all are, uffd still held
     std::string_view("park.start"),           // run directory made, VM untouched

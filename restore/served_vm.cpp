@@ -224,6 +224,21 @@ void fill_if_asked(ServedVm& vm, std::unique_ptr<Serving>& serving) {
   serving->begin_fill();
 }
 
+// Nobody is to find the record of the process before, nor be told of a page server
+// that came to nothing.
+Status wait_until_it_serves(const ServedVm& vm, int from) {
+  char byte;
+  ssize_t got;
+  while ((got = ::read(from, &byte, 1)) < 0 && errno == EINTR) {
+  }
+  if (got == 1) return {};
+  return tl::unexpected(
+      Error(ErrorCode::io, fmt::format("the page server of {} ended as it began (log: {})",
+                                       vm.process.describe(), vm.dir.file("vmsnap.log")))
+          .with_remedy(fmt::format("The VM waits for its memory: vmsnap restore --reattach {}",
+                                   vm.dir.path())));
+}
+
 volatile sig_atomic_t told_to_end = 0;
 
 // Returns when the VM is to be unparked, or the serving has ended.
@@ -257,10 +272,19 @@ Status open_control(ServedVm& vm) {
 }
 
 Result<pid_t> serve_in_background(ServedVm& vm) {
+  int ends[2];
+  if (::pipe2(ends, O_CLOEXEC) < 0) return fail_errno(errno, "cannot make a pipe");
+  const Fd hear(ends[0]);
+  Fd tell(ends[1]);
   const pid_t child = ::fork();
   if (child < 0) return fail_errno(errno, "cannot start a background process");
-  if (child > 0) return child;
+  if (child > 0) {
+    tell.reset();
+    VMSNAP_CHECK(wait_until_it_serves(vm, hear.get()));
+    return child;
+  }
   become_background(vm.dir.file("vmsnap.log"));
+  VMSNAP_TEST_POINT("background.start");
   // One that records writes that down first.
   if (vm.recorder) ::signal(SIGTERM, [](int) { told_to_end = 1; });
   vm.record.server_pid = ::getpid();
@@ -273,6 +297,8 @@ Result<pid_t> serve_in_background(ServedVm& vm) {
   }
   listen_to_snapshots(vm);
   auto serving = Serving::start(vm);
+  (void)!::write(tell.get(), "+", 1);  // unless whoever waits for it was killed
+  tell.reset();
   if (vm.record.phase == RestorePhase::parked) wait_for_unpark(vm, *serving);
   serving->begin_fill();
   while (!serving->ended() && !told_to_end) {

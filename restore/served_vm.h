@@ -79,8 +79,9 @@ Status serve_to_end(ServedVm& vm, std::unique_ptr<Serving> serving, const ServeM
                     CommandContext& context);
 
 // Goes on serving in a child process, which also lets go of the VM at the end
-// (its log is DIR/vmsnap.log); returns its number. The guest's faults wait for
-// the millisecond in between. A VM whose phase is `parked` gets its pages by
+// (its log is DIR/vmsnap.log); returns its number when it serves and the record has
+// it, ErrorCode::io when it ended before. The guest's faults wait for the
+// milliseconds in between. A VM whose phase is `parked` gets its pages by
 // faults alone until a byte comes through vm.control; then its phase is
 // `running`, and the rest is loaded. Must be called while the process has one
 // thread.

@@ -168,6 +168,8 @@ Result<LinkMessage> Keeper::answer(const nlohmann::json& request) {
   LinkMessage reply{nlohmann::json::object(), {}};
   if (what == "memory") {
     reply.descriptors.push_back(VMSNAP_TRY(setup_.memory.open_for_clone()));
+  } else if (what == "hello") {
+    return reply;
   } else if (what == "join") {
     VMSNAP_CHECK(take_up(VMSNAP_TRY(text_field(request, "clone"))));
   } else if (what == "status") {

@@ -17,7 +17,7 @@ POINTS = re.findall(r'std::string_view\("([\w.]+)"\)',
 # Those of a store are walked in test_store_kill.py, those of parking in test_park_kill.py.
 SNAPSHOT_POINTS = [point for point in POINTS
                    if not point.startswith(("restore.", "store.", "prune.", "repack.", "repair.",
-                                            "park.", "unpark."))]
+                                            "park.", "unpark.", "background."))]
 RESTORE_POINTS = [point for point in POINTS if point.startswith("restore.")]
 
 # From here on a dead page server leaves a guest that waits, and that can be
@@ -184,6 +184,19 @@ def test_kill_restore(world, guest, image, point, detach):
     fresh = world.path("run")
     world.vmsnap("restore", image, "--run-dir", fresh).expect("ok")
     checks.assert_running(qemu.restored(fresh))
+
+
+def test_a_server_that_dies_as_it_begins(world, image):
+    """The command does not say that all is well, and what it names mends it."""
+    run_dir = world.path("run")
+    result = world.vmsnap("restore", image, "--run-dir", run_dir, "--detach",
+                          env={"VMSNAP_KILL_AT": "background.start"}).expect("io")
+    assert f"vmsnap restore --reattach {run_dir}" in result.err, str(result)
+    again = world.vmsnap("restore", "--reattach", run_dir, "--detach")
+    again.expect("ok")
+    copy = qemu.restored(run_dir)
+    checks.assert_running(copy)
+    victims.check_ordered_live(world, copy)
 
 
 def test_guest_waits_for_a_dead_server(world, image):

@@ -209,8 +209,9 @@ def test_a_killed_recorder_is_taken_over(world, image):
     assert not record.exists()
     world.vmsnap("restore", "--reattach", run_dir, "--detach").expect("ok")
     copy.wait_for_progress()
-    harness.wait_until(lambda: restore_json(run_dir)["server_pid"] != killed, "its successor")
-    os.kill(restore_json(run_dir)["server_pid"], signal.SIGTERM)
+    successor = restore_json(run_dir)["server_pid"]
+    assert successor != killed
+    os.kill(successor, signal.SIGTERM)
     harness.wait_until(lambda: not world.vmsnap_processes(), "its end")
     assert len(recorded(record)) > 0
     assert harness.is_running(copy.pid)
