@@ -1,10 +1,9 @@
 // `vmsnap restore --clones N`: starts VMs from one image that share its memory.
 //
 // A keeper (farm_keeper.h) is started, or the one of the directory joined.
-// Each clone is started by a process of its own, several at a time, in its own
-// run directory DIR/NUMBER: a fresh QEMU waits (vm_start.h), the shared memory
-// is laid over its RAM (memory_overlay.h), and the keeper is told to serve it
-// before the device state is loaded. "{clone}" in the arguments is its number.
+// Each clone is started by a process of its own (clone_process.h), several at a
+// time, in its own run directory DIR/NUMBER; they run when all are loaded. "{clone}"
+// in the arguments is its number.
 //
 // A clone that cannot be started harms no other.
 #pragma once
@@ -33,8 +32,5 @@ Status start_clones(const CloneOptions& options, CommandContext& context);
 // lives any more.
 Status reattach_farm(const std::string& run_dir, const KeySource& key, bool json,
                      CommandContext& context);
-
-// "{clone}" in a text becomes the number.
-std::string with_clone_number(std::string text, const std::string& number);
 
 }  // namespace vmsnap

@@ -9,6 +9,7 @@ copy equal and the original's checksum unchanged.
 Run as a program, it builds both and prints their paths (tests/demo does that).
 """
 
+import fcntl
 import os
 import pathlib
 import re
@@ -123,11 +124,15 @@ def kernel():
     """The path of a Debian cloud kernel, from the cache or fetched; the modules
     lie beside it."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    # An older cache may lack a module that was added to the list since.
-    cached = sorted(path for path in CACHE.glob("kernel-*/vmlinuz")
-                    if all((path.parent / f"{name}.ko").exists() for name in MODULES))
-    if cached:
-        return cached[-1]
+    with open(CACHE / "lock", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two tests at once, one fetches it
+        # An older cache may lack a module that was added to the list since.
+        cached = sorted(path for path in CACHE.glob("kernel-*/vmlinuz")
+                        if all((path.parent / f"{name}.ko").exists() for name in MODULES))
+        return cached[-1] if cached else _fetch_kernel()
+
+
+def _fetch_kernel():
     depends = _run("apt-cache", "depends", META_PACKAGE, stdout=subprocess.PIPE, text=True).stdout
     package = re.search(r"Depends: (linux-image-\S+)", depends)
     if not package:

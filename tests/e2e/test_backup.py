@@ -2,7 +2,6 @@
 
 import json
 
-import harness
 import victims
 
 

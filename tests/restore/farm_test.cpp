@@ -2,7 +2,7 @@
 
 #include <fstream>
 
-#include "restore/farm/clone_start.h"
+#include "restore/farm/clone_process.h"
 #include "restore/farm/farm_dir.h"
 #include "restore/farm/farm_link.h"
 #include "tests/restore/test_image.h"
