@@ -4,6 +4,7 @@ certain to be gone afterwards, and running vmsnap.
 The build directory is $VMSNAP_BUILD (set by ctest), else build/.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -179,13 +180,13 @@ class World:
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="vmsnap-test-", dir="/tmp"))
         self.folder.chmod(0o755)
         self._at_end = []
-        self._names = 0
+        self._names = itertools.count(1)
 
     def path(self, name):
         """A new path for a file, socket or directory; not created."""
-        self._names += 1
+        number = next(self._names)
         stem, dot, suffix = name.partition(".")
-        return self.folder / f"{stem}{self._names}{dot}{suffix}"
+        return self.folder / f"{stem}{number}{dot}{suffix}"
 
     def directory(self, name):
         path = self.path(name)
