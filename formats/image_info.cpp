@@ -16,9 +16,11 @@ constexpr std::string_view backup_prefix = "backup:";
 
 std::string backup_tag(const std::string& name) { return std::string(backup_prefix) + name; }
 
+bool is_backup_tag(const std::string& tag) { return tag.starts_with(backup_prefix); }
+
 std::string backup_name(const std::vector<std::string>& tags) {
   for (auto tag = tags.rbegin(); tag != tags.rend(); ++tag) {
-    if (tag->starts_with(backup_prefix)) return tag->substr(backup_prefix.size());
+    if (is_backup_tag(*tag)) return tag->substr(backup_prefix.size());
   }
   return {};
 }

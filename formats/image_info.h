@@ -42,6 +42,7 @@ std::string vm_name(const ImageInfo& info);
 // of several the last counts.
 std::string backup_tag(const std::string& name);
 std::string backup_name(const std::vector<std::string>& tags);
+bool is_backup_tag(const std::string& tag);
 
 // Sum of all region lengths / page_size.
 uint64_t total_pages(const std::vector<Region>& regions);

@@ -196,6 +196,8 @@ Result<KeyMaterial> from_text(std::string_view text, const std::string& where) {
 
 }  // namespace
 
+bool names_a_key(const KeySource& source) { return count_given(source) > 0; }
+
 void add_key_options(CLI::App& command, KeySource& source) {
   constexpr const char* group = "Encryption";
   command

@@ -21,6 +21,9 @@ struct KeySource {
   std::optional<int> passphrase_fd;               // the first line; no byte behind it is read
 };
 
+// Whether an option names one; the environment is not asked.
+bool names_a_key(const KeySource& source);
+
 inline constexpr size_t max_passphrase = 4096;
 
 // --key-file, --passphrase-file, --passphrase-command, --passphrase-fd.

@@ -8,6 +8,8 @@
 #include <map>
 #include <tuple>
 
+#include "formats/image_info.h"
+
 namespace vmsnap {
 
 namespace {
@@ -54,7 +56,7 @@ struct Counter {
 };
 
 bool has_tags(const RetentionItem& item, const TagList& wanted) {
-  if (wanted.empty()) return item.tags.empty();
+  if (wanted.empty()) return std::ranges::all_of(item.tags, is_backup_tag);  // no word of a user's
   return std::all_of(wanted.begin(), wanted.end(), [&](const std::string& tag) {
     return std::find(item.tags.begin(), item.tags.end(), tag) != item.tags.end();
   });

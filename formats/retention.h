@@ -12,7 +12,7 @@
 //   oldest one as well.
 // - within keeps what is newer than that before the VM's newest snapshot.
 // - A tag list keeps the snapshots that have all of its tags; the empty list
-//   those that have none.
+//   those that have none, but for the one that `vmsnap backup` gives.
 // - Snapshots dated after `now` are kept, and count for nothing.
 //
 // Hours, days, weeks, months and years are those of the local time zone

@@ -13,6 +13,7 @@ Status run_park(const ParkOptions& options, const TakeParkImage& take_image,
   if (options.image.output.empty() && options.image.store.directory.empty()) {
     return fail(ErrorCode::usage, "give --output FILE or --store DIR");
   }
+  VMSNAP_CHECK(check_key_has_store(options.image.store));
   VMSNAP_CHECK(check_tags(options.image.tags, options.image.dedup_domain));
   if (options.image.store.key.passphrase_fd) {
     return tl::unexpected(

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "restore/launch_rules.h"
 #include "restore/record_fields.h"
 
 namespace vmsnap {
@@ -251,6 +252,13 @@ Result<Process> find_process(const RestoreRecord& record) {
   auto process = record.pid > 0 ? Process::open(record.pid)
                                 : Result<Process>(fail(ErrorCode::vm, "it was never started"));
   if (process && process->start_time() == record.start_time) return process;
+  if (record.phase == RestorePhase::parked) {
+    return tl::unexpected(
+        Error(ErrorCode::vm, fmt::format("the parked VM (process {}) has ended; its memory is in {}",
+                                         record.pid, record.image))
+            .with_remedy(fmt::format("If it has not run since it was parked, start it again from there: "
+                                     "vmsnap restore {}", shell_quoted(record.image))));
+  }
   return fail(ErrorCode::vm, "the VM (process {}) has ended; its memory went with it", record.pid);
 }
 

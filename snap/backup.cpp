@@ -43,8 +43,10 @@ class BackupRun {
     context_.out << event.dump(-1, ' ', false, Event::error_handler_t::replace) << std::endl;
   }
   // Notes it, and goes on; but not after a signal.
-  Status note(const Status& status);
-  Status end();
+  // `of`: what it was about, before the message; may be empty.
+  Status note(const Status& status, const std::string& of = {});
+  Status steps();  // an error is that of an interruption
+  Status end(Status worst = {});
 
   const BackupConfig& config_;
   CommandContext& context_;
@@ -52,10 +54,11 @@ class BackupRun {
   std::vector<Error> errors_;
 };
 
-Status BackupRun::note(const Status& status) {
+Status BackupRun::note(const Status& status, const std::string& of) {
   if (status) return {};
   if (status.error().code() == ErrorCode::interrupted) return status;
-  log_warning("{}", status.error().message());
+  log_warning("{}{}", of, status.error().message());
+  if (!status.error().remedy().empty()) log_warning("  {}", status.error().remedy());
   errors_.push_back(status.error());
   return {};
 }
@@ -92,7 +95,8 @@ Status BackupRun::snapshot(const BackupVm& vm) {
          {"vm", vm.name},
          {"ok", false},
          {"status", exit_status(summary.error().code())},
-         {"error", summary.error().message()}});
+         {"error", summary.error().message()},
+         {"remedy", summary.error().remedy()}});
   failed_.push_back(vm.name);
   return tl::unexpected(summary.error());
 }
@@ -101,6 +105,9 @@ Status BackupRun::prune_store() {
   const auto store = VMSNAP_TRY(Store::open(store_options(config_)));
   PruneOptions options;
   options.keep = config_.keep;
+  // Not what another configuration took into the same store, nor what was taken by hand.
+  options.backup_names.emplace();
+  for (const BackupVm& vm : config_.vms) options.backup_names->insert(vm.name);
   options.lock_wait = config_.lock_wait;
   options.now_unix_ms = now_unix_ms();
   const PruneReport report = VMSNAP_TRY(prune(*store, options));
@@ -118,7 +125,8 @@ Status BackupRun::verify_sample() {
   print({{"event", "verify"},
          {"packs", report.packs_checked},
          {"bytes", report.bytes_checked},
-         {"damaged", report.damaged_packs.size() + report.missing_packs.size()}});
+         {"damaged", report.damaged_packs.size() + report.missing_packs.size()},
+         {"unreadable_snapshots", report.unreadable.size()}});
   return report.status();
 }
 
@@ -144,9 +152,8 @@ Status BackupRun::check_ages() {
               stale.size(), config_.vms.size(), stale.front());
 }
 
-// The worst of what was noted, and the last line.
-Status BackupRun::end() {
-  Status worst;
+// The worst of what was noted, unless the run was interrupted; and the last line.
+Status BackupRun::end(Status worst) {
   for (const ErrorCode code : {ErrorCode::locked, ErrorCode::damaged, ErrorCode::no_space}) {
     const auto found = std::ranges::find(errors_, code, &Error::code);
     if (worst && found != errors_.end()) worst = tl::unexpected(*found);
@@ -163,11 +170,17 @@ Status BackupRun::end() {
 }
 
 Status BackupRun::all() {
-  for (const BackupVm& vm : config_.vms) VMSNAP_CHECK(note(snapshot(vm)));
+  const Status interrupted = steps();
+  return interrupted ? end() : end(interrupted);
+}
+
+Status BackupRun::steps() {
+  for (const BackupVm& vm : config_.vms) {
+    VMSNAP_CHECK(note(snapshot(vm), fmt::format("VM '{}' ({}): ", vm.name, vm.qmp)));
+  }
   if (config_.keep) VMSNAP_CHECK(note(prune_store()));
   if (config_.sample > 0) VMSNAP_CHECK(note(verify_sample()));
-  VMSNAP_CHECK(note(check_ages()));
-  return end();
+  return note(check_ages());
 }
 
 Status BackupRun::ages() {

@@ -107,6 +107,7 @@ Status run(const Arguments& arguments, CommandContext& context) {
   const auto milliseconds = [](double seconds) {
     return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000));
   };
+  VMSNAP_CHECK(check_key_has_store(arguments.store));
   SnapshotOptions options = arguments.options;
   options.store = arguments.store.options();
   options.without_disks = arguments.disks == "none";
@@ -198,7 +199,7 @@ void add_snapshot_command(CLI::App& app, CommandContext& context) {
       ->type_name("keep|split")
       ->check(CLI::IsMember({"keep", "split"}));
   add_delta_option(*command, arguments->options.deltas);
-  command->add_option("--level", arguments->options.level, "zstd level (default 1; 5 with --delta)")
+  command->add_option("--level", arguments->options.level, "zstd level (default -1; 5 with --delta)")
       ->type_name("N")
       ->check(CLI::Range(-7, 19));
   command->add_flag("--json", arguments->json, "Print one JSON object");

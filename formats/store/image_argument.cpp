@@ -28,6 +28,13 @@ CLI::Option* add_store_option(CLI::App& command, StoreArgument& argument) {
   return option;
 }
 
+Status check_key_has_store(const StoreArgument& argument) {
+  if (!argument.directory.empty() || !names_a_key(argument.key)) return {};
+  return tl::unexpected(
+      Error(ErrorCode::usage, "a key was given, but an image file is never encrypted")
+          .with_remedy("Write into an encrypted store: --store DIR, with the key. Or leave out the key."));
+}
+
 CLI::Option* add_delta_option(CLI::App& command, bool& deltas) {
   return command.add_flag("--delta", deltas,
                           "Store pages as differences from similar ones: smaller, and slower");

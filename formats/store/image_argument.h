@@ -24,6 +24,10 @@ struct StoreArgument {
 // --store DIR, and the options that say what its key is.
 CLI::Option* add_store_option(CLI::App& command, StoreArgument& argument);
 
+// For commands that write a store, or else a file: ErrorCode::usage for a key without
+// a store, since a file is never encrypted.
+Status check_key_has_store(const StoreArgument& argument);
+
 // --delta: see ImageWriterOptions.
 CLI::Option* add_delta_option(CLI::App& command, bool& deltas);
 

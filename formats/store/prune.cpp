@@ -134,6 +134,7 @@ Status Pruner::decide() {
   std::vector<RetentionItem> items;
   for (const SnapshotEntry& entry : snapshots_.snapshots) {
     if (!options_.vm.empty() && !entry.is_of(options_.vm)) continue;
+    if (options_.backup_names && !options_.backup_names->contains(backup_name(entry.info.tags))) continue;
     items.push_back({entry.id, entry.group(), entry.info.created_unix_ms, entry.info.tags});
     report_.decisions.push_back({entry, {}});
   }

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,8 @@ Status undelete_snapshot(const Store& store, const std::string& id);
 struct PruneOptions {
   std::optional<KeepRule> keep;  // which snapshots stay; none: all of them
   std::string vm;                // only its snapshots, SnapshotEntry::is_of(); empty: all
+  // Only what backup runs took of VMs of these names, backup_name(); none: all.
+  std::optional<std::set<std::string>> backup_names = {};
   bool dry_run = false;
   bool empty_trash = false;      // also of what this run puts there
   std::chrono::milliseconds lock_wait{0};

@@ -148,8 +148,7 @@ Result<std::unique_ptr<Store>> Store::open(const StoreOptions& options) {
 
 Result<std::unique_ptr<Store>> Store::open_or_create(const StoreOptions& options) {
   const StorePaths paths = {options.directory};
-  std::error_code error;
-  if (!fs::exists(paths.config(), error)) VMSNAP_CHECK(create(paths, options.key));
+  if (!VMSNAP_TRY(is_store(paths))) VMSNAP_CHECK(create(paths, options.key));
   return open(options);
 }
 

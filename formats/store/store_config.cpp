@@ -17,15 +17,21 @@ namespace {
 constexpr const char* format_name = "vmsnap store";
 constexpr size_t max_config = 1 << 20;
 
-bool names_a_key(const KeySource& key) {
-  return key.key_file || key.passphrase_file || key.passphrase_command || key.passphrase_fd;
-}
-
 }  // namespace
 
-Status check_is_store(const StorePaths& paths) {
+Result<bool> is_store(const StorePaths& paths) {
   std::error_code error;
-  if (std::filesystem::exists(paths.config(), error)) return {};
+  const bool there = std::filesystem::exists(paths.config(), error);
+  if (!error) return there;
+  const bool forbidden = error == std::errc::permission_denied;
+  return tl::unexpected(
+      Error::from_errno(error.value(), fmt::format("cannot look for {}", paths.config()),
+                        forbidden ? ErrorCode::privilege : ErrorCode::io)
+          .with_remedy(forbidden ? "Run vmsnap as the owner of the store, which is root for most." : ""));
+}
+
+Status check_is_store(const StorePaths& paths) {
+  if (VMSNAP_TRY(is_store(paths))) return {};
   return tl::unexpected(Error(ErrorCode::usage, paths.root + " is not a store")
                             .with_remedy("Give the directory that 'vmsnap snapshot --store' or "
                                          "'vmsnap import --store' made."));

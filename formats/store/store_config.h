@@ -22,6 +22,8 @@ struct StoreConfig {
   bool sealed() const { return !slots.is_null(); }
 };
 
+// Whether the directory holds one; ErrorCode::privilege if it may not be looked into.
+Result<bool> is_store(const StorePaths& paths);
 // ErrorCode::usage if there is none: the directory is no store.
 Status check_is_store(const StorePaths& paths);
 

@@ -68,10 +68,13 @@ Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::millisecon
     return tl::unexpected(std::move(connected).error());
   }
   if (!connected) {
+    const int why = connected.error().os_errno();
+    const bool forbidden = why == EACCES || why == EPERM;
     return tl::unexpected(
-        Error::from_errno(connected.error().os_errno(),
-                          fmt::format("cannot connect to QMP socket {}", socket_path), ErrorCode::vm)
-            .with_remedy("Start the VM with -qmp unix:PATH,server=on,wait=off and give that PATH."));
+        Error::from_errno(why, fmt::format("cannot connect to QMP socket {}", socket_path),
+                          forbidden ? ErrorCode::privilege : ErrorCode::vm)
+            .with_remedy(forbidden ? "Run vmsnap as root."
+                                   : "Start the VM with -qmp unix:PATH,server=on,wait=off and give that PATH."));
   }
   qmp.fd_ = *std::move(connected);
   // A monitor talks to one client at a time; the greeting of a second one

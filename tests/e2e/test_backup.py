@@ -66,12 +66,32 @@ def test_vms_of_the_same_name_and_of_none(world):
     world.vmsnap(*prune, "--vm", "vm3").expect("usage")
 
 
+def test_what_others_took_stays(world):
+    """[keep] is for the VMs of the file: not for those of another one, nor for what
+    was taken by hand, even of the same VM."""
+    guests = [victims.OrderedGuest(world, extra=["-name", f"vm{i}"]) for i in range(2)]
+    store = world.path("store")
+    both = write_config(world, store, [guest.qmp_socket for guest in guests], 'sample = "0%"')
+    for _ in range(2):
+        run(world, both, "ok")
+        world.vmsnap("snapshot", "--qmp", guests[0].qmp_socket, "--store", store).expect("ok")
+    one = write_config(world, store, [guests[0].qmp_socket], 'sample = "0%"\n[keep]\nlast = 1\n')
+    prune = run(world, one, "ok")[-2]
+    assert (prune["event"], prune["removed"]) == ("prune", 2)
+    entries = world.vmsnap("list", "--store", store, "--json").expect("ok").json
+    tags = sorted(" ".join(entry["tags"]) for entry in entries)
+    assert tags == ["", "", "backup:vm0", "backup:vm1", "backup:vm1"]
+
+
 def test_one_of_them_fails(world):
     guest = victims.OrderedGuest(world)
     store = world.path("store")
-    config = write_config(world, store, [world.path("gone.qmp"), guest.qmp_socket],
-                          'max-age = "1h"')
+    gone = world.path("gone.qmp")
+    config = write_config(world, store, [gone, guest.qmp_socket], 'max-age = "1h"')
+    result = world.vmsnap("backup", "--config", config).expect("some_failed")
+    assert f"VM 'vm0' ({gone}): cannot connect" in result.err and "-qmp unix:PATH" in result.err
     events = run(world, config, "some_failed")
+    assert events[0]["remedy"]
     assert not events[0]["ok"] and events[0]["error"] and events[0]["status"] > 0
     assert events[1]["ok"] and events[-1]["failed"] == ["vm0"]
     assert {"event": "stale", "vm": "vm0"} in events

@@ -150,6 +150,8 @@ MISUSE = {
     "disks": ["snapshot", "--qmp", "{qmp}", "--disks", "maybe", "--output", "{out}"],
     "option": ["snapshot", "--qmp", "{qmp}", "--output", "{out}", "--no-such-option"],
     "command": ["no-such-command"],
+    "key of an image file": ["snapshot", "--qmp", "{qmp}", "--output", "{out}", "--key-file", "/etc/hostname"],
+    "key of a parked image": ["park", "--qmp", "{qmp}", "--output", "{out}", "--key-file", "/etc/hostname"],
 }
 
 
@@ -181,9 +183,10 @@ def test_wrong_targets(world, guest):
     checks.assert_running(guest)
 
 
-def test_no_privilege(world, guest):
+@pytest.mark.parametrize("mode", [0o700, 0o777], ids=["to the monitor", "to the process"])
+def test_no_privilege(world, guest, mode):
     """An ordinary user is told what is missing, and nothing happens."""
-    guest.qmp_socket.chmod(0o777)
+    guest.qmp_socket.chmod(mode)
     out = world.directory("out")
     out.chmod(0o777)
     done = subprocess.run(["setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups",

@@ -137,6 +137,10 @@ def test_cron_line():
     lines = [line for line in (EXAMPLES / "vmsnap.cron").read_text().splitlines()
              if line and not line.startswith("#") and not re.match(r"[A-Z]+=", line)]
     assert len(lines) == 1, lines
+    commented = re.findall(r"^# (30 0 .* root .*)$", (EXAMPLES / "vmsnap.cron").read_text(), re.MULTILINE)
+    assert len(commented) == 1 and "%" not in commented[0], commented
+    unmounted = run("sh", "-c", commented[0].split("root ", 1)[1].replace("/backup/vms", "/nowhere"))
+    assert unmounted.returncode == 1 and "is not mounted" in unmounted.stderr, "cron mails nothing"
     assert re.fullmatch(r"(\S+ ){5}root vmsnap backup --config /\S+ >>/\S+", lines[0]), lines
     assert "%" not in lines[0], "cron makes a new line of it"
 
@@ -156,6 +160,8 @@ def test_installed_where_they_are_looked_for(tmp_path):
     installed = share / "bash-completion/completions/vmsnap"
     assert installed.read_text() == COMPLETION.read_text()
     for path in EXAMPLES.iterdir():
-        assert (share / "doc/vmsnap/examples" / path.name).read_text() == path.read_text()
+        wanted = path.read_text().replace("/usr/bin/vmsnap", f"{tmp_path}/bin/vmsnap")
+        assert (share / "doc/vmsnap/examples" / path.name).read_text() == wanted
+    assert os.access(tmp_path / "bin/vmsnap", os.X_OK)
     for page in ("man1/vmsnap.1", "man5/vmsnap-backup.5", "man5/vmsnap-image.5"):
         assert (share / "man" / page).is_file(), page

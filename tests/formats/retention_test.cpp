@@ -239,6 +239,8 @@ TEST_F(RetentionTest, Tags) {
   EXPECT_EQ(reasons({.keep_tags = {{"nightly"}, {"x", "nightly"}}}).at("a"),
             Reasons({"tag nightly", "tag x,nightly"}));
   EXPECT_EQ(reasons({.keep_tags = {{}}}).at("c"), Reasons({"no tags"}));
+  add("d", utc(2026, 5, 4), {"backup:web"});
+  EXPECT_EQ(kept({.keep_tags = {{}}}), Ids({"c", "d"}));
 }
 
 TEST_F(RetentionTest, AllReasonsAreGiven) {

@@ -1,6 +1,8 @@
 // list, rm and key, as main would run them.
 #include "formats/store/store_commands.h"
 
+#include <unistd.h>
+
 #include <filesystem>
 #include <sstream>
 
@@ -65,6 +67,22 @@ TEST_F(StoreCommands, KeyIsForStores) {
   EXPECT_EQ(none.error().code(), ErrorCode::usage);
   EXPECT_NE(none.error().message().find("is not a store"), std::string::npos);
   EXPECT_EQ(files_in(options_.directory), 0u);
+}
+
+// What may not be looked into is not taken for missing, nor made anew.
+TEST_F(StoreCommands, AStoreOfSomebodyElse) {
+  if (::geteuid() != 0) GTEST_SKIP() << "needs root, to be somebody else";
+  std::filesystem::create_directory(options_.directory);
+  std::filesystem::permissions(options_.directory, std::filesystem::perms::owner_all);
+  ASSERT_EQ(::seteuid(65534), 0);
+  const auto opened = Store::open(options_);
+  const auto made = Store::open_or_create(options_);
+  ASSERT_EQ(::seteuid(0), 0);
+  for (const auto* result : {&opened, &made}) {
+    ASSERT_FALSE(*result);
+    EXPECT_EQ(result->error().code(), ErrorCode::privilege);
+    EXPECT_NE(result->error().message().find("cannot look for"), std::string::npos);
+  }
 }
 
 TEST_F(StoreCommands, KeyWaitsAsItIsAskedTo) {
