@@ -33,9 +33,28 @@ void set_armed(CapturedPiece& piece, const std::vector<RemoteRange>& runs) {
   }
 }
 
+// Marks what the file holds of a range of the piece.
+Status set_armed_by_data(const Process& process, CapturedPiece& piece, RemoteRange range) {
+  const int fd = piece.piece.file->get();
+  const off_t origin = static_cast<off_t>(piece.piece.file_offset);
+  const off_t start = origin + static_cast<off_t>(range.start - piece.piece.range.start);
+  const off_t end = start + static_cast<off_t>(range.length);
+  for (off_t at = start; at < end;) {
+    const off_t data = ::lseek(fd, at, SEEK_DATA);
+    if (data < 0 && errno == ENXIO) break;
+    const off_t hole = data < 0 ? -1 : ::lseek(fd, data, SEEK_HOLE);
+    if (hole < 0) return fail_errno(errno, "cannot find the data in shared memory of {}", process.describe());
+    if (data >= end) break;
+    set_armed(piece, static_cast<uint64_t>(data - origin) / page_size,
+              static_cast<uint64_t>(std::min(hole, end) - origin + page_size - 1) / page_size);
+    at = hole;
+  }
+  return {};
+}
+
 // Marks what a file of shared memory holds. Its holes become pages through a
-// missing fault only, which the fault handler answers, since they were
-// registered.
+// missing fault, which the fault handler answers, since they were registered; or,
+// if they were allocated (fallocate(2)), though no data yet, through a write.
 Status set_armed_by_file(const Process& process, const PageMap& pagemap, CapturedPiece& piece) {
   const int fd = piece.piece.file->get();
   if (piece.piece.backing == Backing::hugetlb_shared) {
@@ -54,19 +73,7 @@ Status set_armed_by_file(const Process& process, const PageMap& pagemap, Capture
     }
     return {};
   }
-  const off_t start = static_cast<off_t>(piece.piece.file_offset);
-  const off_t end = start + static_cast<off_t>(piece.piece.range.length);
-  for (off_t at = start; at < end;) {
-    const off_t data = ::lseek(fd, at, SEEK_DATA);
-    if (data < 0 && errno == ENXIO) break;
-    const off_t hole = data < 0 ? -1 : ::lseek(fd, data, SEEK_HOLE);
-    if (hole < 0) return fail_errno(errno, "cannot find the data in shared memory of {}", process.describe());
-    if (data >= end) break;
-    set_armed(piece, static_cast<uint64_t>(data - start) / page_size,
-              static_cast<uint64_t>(std::min(hole, end) - start + page_size - 1) / page_size);
-    at = hole;
-  }
-  return {};
+  return set_armed_by_data(process, piece, piece.piece.range);
 }
 
 // What lies between the runs, and what lies between what is near to it.
@@ -156,11 +163,14 @@ Status Arming::survey(CapturedPiece& piece) {
     VMSNAP_CHECK(note_owned(piece, memory.range));
     return set_armed_by_file(state_.process, state_.pagemap, piece);
   }
-  piece.holes = holes_between(VMSNAP_TRY(state_.pagemap.populated(memory.range)), memory.range);
   for (const RemoteRange& run : VMSNAP_TRY(state_.pagemap.unmarked(memory.range))) {
     VMSNAP_CHECK(protect(run));
   }
-  set_armed(piece, VMSNAP_TRY(state_.pagemap.marked(memory.range)));
+  // Of one look: what is not armed now is looked at again at the instant, also what
+  // was there a moment ago.
+  const std::vector<RemoteRange> marked = VMSNAP_TRY(state_.pagemap.marked(memory.range));
+  set_armed(piece, marked);
+  piece.holes = holes_between(marked, memory.range);
   note_huge(piece, VMSNAP_TRY(state_.pagemap.huge(memory.range)));
   return {};
 }
@@ -195,11 +205,14 @@ Status Arming::protect_runs(std::vector<UnitRun> runs) {
   for (const UnitRun& run : runs) {
     const RemoteRange range = run.piece->units(run.first, run.count);
     VMSNAP_CHECK(protect(range));
-    // Absent anonymous pages take no mark and read as zero. What a file holds was
-    // noted when it was surveyed or filled.
+    // Absent anonymous pages take no mark and read as zero.
     if (run.piece->piece.private_of_file()) {
       VMSNAP_CHECK(note_owned(*run.piece, range));
-    } else if (!run.piece->piece.shared()) {
+    } else if (run.piece->piece.shared()) {
+      if (run.piece->piece.file && run.piece->piece.unit_bytes == page_size) {
+        VMSNAP_CHECK(set_armed_by_data(state_.process, *run.piece, range));
+      }
+    } else {
       set_armed(*run.piece, VMSNAP_TRY(state_.pagemap.marked(range)));
     }
   }

@@ -16,7 +16,8 @@
 // its copy fails the capture (capture_state.h). A page that never had one was
 // in a hole, and at the instant all holes of private memory are looked through
 // (PAGEMAP_SCAN, Linux 6.7). Shared memory has no such holes: its absent pages
-// are marked too, and are registered for missing faults.
+// are marked too, and are registered for missing faults; one that the file has,
+// but without data yet, is noted when it was let through.
 //
 // One thread; the fault handler must be running.
 #pragma once

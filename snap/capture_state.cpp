@@ -111,7 +111,7 @@ Status CaptureState::copy_private_of_file(const CapturedPiece& piece, uint64_t f
                                           uint64_t offset, std::span<std::byte> to) const {
   const uint64_t unit_bytes = piece.piece.unit_bytes;
   const uint64_t units = (offset + to.size() + unit_bytes - 1) / unit_bytes;
-  const std::vector<bool> own = VMSNAP_TRY(owned(piece, first_unit, units));
+  const std::vector<bool> own = VMSNAP_TRY(owned_as_before(piece, first_unit, units));
   for (size_t done = 0; done < to.size();) {
     const uint64_t unit = (offset + done) / unit_bytes;
     uint64_t end = unit + 1;
@@ -135,15 +135,16 @@ Result<std::vector<bool>> CaptureState::owned(const CapturedPiece& piece, uint64
   return own;
 }
 
-// A page of the process's own that was discarded leaves its mark, on nothing, and
-// the file shines through.
-Status CaptureState::check_owned(const CapturedPiece& piece, uint64_t first_unit, uint64_t count) const {
+// Which units are the process's own: all that were at the instant, or it fails. One
+// that was discarded leaves its mark, on nothing, and the file shines through.
+Result<std::vector<bool>> CaptureState::owned_as_before(const CapturedPiece& piece, uint64_t first_unit,
+                                                        uint64_t count) const {
   constexpr int tries = 10;  // a huge page that is being migrated cannot be seen
   for (int i = 1;; ++i) {
-    const std::vector<bool> own = VMSNAP_TRY(owned(piece, first_unit, count));
+    std::vector<bool> own = VMSNAP_TRY(owned(piece, first_unit, count));
     uint64_t unit = 0;
     while (unit < count && (own[unit] || !piece.own[first_unit + unit])) ++unit;
-    if (unit == count) return {};
+    if (unit == count) return own;
     if (piece.piece.unit_bytes == page_size || i == tries) {
       return tl::unexpected(discarded(piece.units(first_unit + unit, 1).start));
     }
@@ -177,7 +178,7 @@ Status CaptureState::check(const CapturedPiece& piece, uint64_t first_unit, uint
     const bool from_start = !marked.empty() && marked[0].start == range.start;
     return tl::unexpected(discarded(from_start ? marked[0].end() : range.start));
   }
-  if (piece.piece.private_of_file()) VMSNAP_CHECK(check_owned(piece, first_unit, count));
+  if (piece.piece.private_of_file()) VMSNAP_TRY(owned_as_before(piece, first_unit, count));
   if (piece.piece.file) return check_file(piece, first_unit, data);
   return {};
 }

@@ -161,7 +161,8 @@ class CaptureState {
   Status read_memory(const CapturedPiece& piece, uint64_t in_piece, std::span<std::byte> to) const;
   Status read_file(const CapturedPiece& piece, uint64_t in_piece, std::span<std::byte> to) const;
   Result<std::vector<bool>> owned(const CapturedPiece& piece, uint64_t first_unit, uint64_t count) const;
-  Status check_owned(const CapturedPiece& piece, uint64_t first_unit, uint64_t count) const;
+  Result<std::vector<bool>> owned_as_before(const CapturedPiece& piece, uint64_t first_unit,
+                                            uint64_t count) const;
   Status check_file(const CapturedPiece& piece, uint64_t first_unit,
                     std::span<const std::byte> data) const;
 

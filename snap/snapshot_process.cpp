@@ -51,6 +51,7 @@ Result<SnapshotSummary> run(SnapshotJob& job, std::vector<MemoryBlock> blocks,
                                      {"VMSNAP_ID=" + job.id(), fmt::format("VMSNAP_PID={}", process.pid())},
                                      options.pause_command_limit));
     }
+    VMSNAP_CHECK(check_no_asynchronous_io(process));  // nor since
     VMSNAP_CHECK(job.arm());
   }
   job.pause_ended();

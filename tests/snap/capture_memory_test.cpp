@@ -25,13 +25,16 @@ using namespace std::chrono_literals;
 // A capture of all of `range` that has had its instant.
 class ArmedCapture {
  public:
-  ArmedCapture(const Process& process, RemoteRange range, CaptureOptions options = {})
+  // `before_instant`: what happens while all is armed ahead.
+  ArmedCapture(const Process& process, RemoteRange range, CaptureOptions options = {},
+               const std::function<void()>& before_instant = [] {})
       : memory_(*map_guest_memory(process, {{.name = "ram", .range = range, .address = 0, .first_page = 0}})),
         writer_(*ImageWriter::create(file_.get(), "image", range.length / page_size)) {
     auto handed = bring_out_uffd(process, nullptr, capture_features(memory_), KeepInVmm::no);
     EXPECT_TRUE(handed) << handed.error().message();
     capture_ = *Capture::create(process, memory_, std::move(handed->uffd), *writer_, std::move(options));
     EXPECT_TRUE(capture_->begin([] { return Status(); }));
+    before_instant();
     const ThreadStop stopped = *ThreadStop::stop(process);
     EXPECT_TRUE(capture_->arm());
   }
@@ -117,6 +120,46 @@ TEST_F(PrivateFileTest, APageOfItsOwnThatWasDiscardedIsMissed) {
   const Status finished = capture_->finish();
   ASSERT_FALSE(finished);
   EXPECT_EQ(finished.error().code(), ErrorCode::discarded);
+}
+
+// Shared memory that was allocated, but nobody has touched: a hole to who asks the
+// file for data, and yet a write to it raises no missing fault.
+struct Allocated {
+  std::atomic<uint64_t> address{0};
+  std::atomic<bool> write{false}, written{false};
+};
+
+TEST(AllocatedMemory, AFirstWriteWhileArmingIsOfTheImage) {
+  constexpr uint64_t total = 1000, written = 555;
+  Allocated* talk = shared_with_victim<Allocated>();
+  Victim victim([&] {
+    const int fd = ::memfd_create("victim", 0);
+    if (::fallocate(fd, 0, 0, total * page_size) != 0) return 1;
+    void* mapped = ::mmap(nullptr, total * page_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (mapped == MAP_FAILED) return 1;
+    char* memory = static_cast<char*>(mapped);
+    memory[0] = 'a';
+    talk->address = reinterpret_cast<uint64_t>(memory);
+    while (!talk->write) ::usleep(1000);
+    memory[written * page_size] = 'b';
+    talk->written = true;
+    ::pause();
+    return 0;
+  });
+  ASSERT_TRUE(becomes_true([&] { return talk->address != 0; }));
+  const Process process = victim.process();
+  ArmedCapture capture(process, {RemotePtr(talk->address), total * page_size}, {}, [&] {
+    talk->write = true;
+    EXPECT_TRUE(becomes_true([&] { return talk->written.load(); }));
+  });
+  const Status finished = capture.finish();
+  ASSERT_TRUE(finished) << finished.error().message();
+  const auto image = capture.image();
+  std::array<std::byte, page_size> page;
+  ASSERT_TRUE(image->read_page(0, page));
+  EXPECT_EQ(page[0], std::byte{'a'});
+  ASSERT_TRUE(image->read_page(written, page));
+  EXPECT_EQ(page[0], std::byte{'b'});
 }
 
 // Huge pages that are written to all the time.
