@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "formats/file.h"
+#include "formats/interrupt.h"
 #include "formats/processors.h"
 
 namespace vmsnap {
@@ -84,6 +85,7 @@ Status for_each_window(const ImageReader& image, const std::function<Status(cons
                                    }));
     }
     if (decoded.empty()) return {};
+    VMSNAP_CHECK(check_interrupted());
     Window window = VMSNAP_TRY(decoded.front().get());
     decoded.pop_front();
     VMSNAP_CHECK(take(window));

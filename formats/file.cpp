@@ -230,17 +230,25 @@ Status AtomicFile::sync() {
   return {};
 }
 
-Status AtomicFile::publish() {
-  const char* from = temporary_path_.c_str();
-  int renamed =
-      ::renameat2(AT_FDCWD, from, AT_FDCWD, path_.c_str(), replace_ ? 0 : RENAME_NOREPLACE);
-  if (renamed < 0 && errno == EINVAL && !replace_) {
+Status rename_to_new(const std::string& from, const std::string& to) {
+  int renamed = ::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_NOREPLACE);
+  if (renamed < 0 && errno == EINVAL) {
     // A file system without RENAME_NOREPLACE: link(2) never replaces either.
-    renamed = ::link(from, path_.c_str());
-    if (renamed == 0) ::unlink(from);
+    renamed = ::link(from.c_str(), to.c_str());
+    if (renamed == 0) ::unlink(from.c_str());
   }
-  if (renamed < 0 && errno == EEXIST) return exists_already(path_);
-  if (renamed < 0) return fail_errno(errno, "cannot rename {} to {}", temporary_path_, path_);
+  if (renamed < 0) return fail_errno(errno, "cannot rename {} to {}", from, to);
+  return {};
+}
+
+Status AtomicFile::publish() {
+  if (!replace_) {
+    const Status renamed = rename_to_new(temporary_path_, path_);
+    if (!renamed && renamed.error().os_errno() == EEXIST) return exists_already(path_);
+    VMSNAP_CHECK(renamed);
+  } else if (::rename(temporary_path_.c_str(), path_.c_str()) < 0) {
+    return fail_errno(errno, "cannot rename {} to {}", temporary_path_, path_);
+  }
   // It said that the writer of a hidden file lives. Now it would keep out those
   // who lock what they read.
   unlock_whole_file(fd_.get());

@@ -70,6 +70,10 @@ Status sync_directory_of(const std::string& path);
 // Removes the hidden files in `directory` whose writers were killed.
 void remove_abandoned(const std::string& directory);
 
+// Gives a file another name in the same file system, and never another file's: EEXIST.
+// Syncs nothing.
+Status rename_to_new(const std::string& from, const std::string& to);
+
 // An output file that exists whole under its final name or not at all.
 //
 // The bytes go to a hidden file in the same directory, held by a kernel lock

@@ -68,27 +68,6 @@ std::string number_regions(ImageInfo& info, uint64_t page_count) {
   return {};
 }
 
-// The parser keeps its own stack, but values are copied, compared and written
-// recursively.
-bool nested_too_deep(std::string_view json) {
-  size_t depth = 0;
-  bool in_string = false;
-  for (size_t i = 0; i < json.size(); ++i) {
-    const char c = json[i];
-    if (in_string) {
-      if (c == '\\') ++i;
-      if (c == '"') in_string = false;
-    } else if (c == '"') {
-      in_string = true;
-    } else if (c == '[' || c == '{') {
-      if (++depth > max_metadata_nesting) return true;
-    } else if ((c == ']' || c == '}') && depth > 0) {
-      --depth;
-    }
-  }
-  return false;
-}
-
 const nlohmann::json* member(const nlohmann::json& object, const char* key) {
   const auto found = object.find(key);
   return found == object.end() ? nullptr : &*found;
@@ -160,6 +139,27 @@ std::string read_document(nlohmann::json& document, ImageInfo& info) {
 }
 
 }  // namespace
+
+// The parser keeps its own stack, but values are copied, compared and written
+// recursively.
+bool nested_too_deep(std::string_view json) {
+  size_t depth = 0;
+  bool in_string = false;
+  for (size_t i = 0; i < json.size(); ++i) {
+    const char c = json[i];
+    if (in_string) {
+      if (c == '\\') ++i;
+      if (c == '"') in_string = false;
+    } else if (c == '"') {
+      in_string = true;
+    } else if (c == '[' || c == '{') {
+      if (++depth > max_metadata_nesting) return true;
+    } else if ((c == ']' || c == '}') && depth > 0) {
+      --depth;
+    }
+  }
+  return false;
+}
 
 Status check_tags(const std::vector<std::string>& tags, const std::string& domain) {
   const auto wrong = [](std::string message, const char* remedy) {

@@ -124,7 +124,15 @@ Result<PageServer::Answer> PageServer::give_up(const ServedRange& range, uint64_
                                                const std::string& why) {
   std::shared_lock order(order_);
   std::lock_guard lock(unreadable_mutex_);
-  if (unreadable_.contains(first_page)) return Answer::done;  // said already
+  if (unreadable_.contains(first_page)) {  // said already
+    const RemotePtr at = range.address_of(first_page);
+    const bool missing = std::ranges::any_of(
+        left_missing_, [&](const RemoteRange& left) { return left.start <= at && at < left.end(); });
+    // One that went to sleep while it was being poisoned; where it could not be, who
+    // touches it waits.
+    if (!missing) VMSNAP_CHECK(uffd_.wake({at, range.unit}));
+    return Answer::done;
+  }
   if (!marks_.wanted(first_page)) {
     return give_zero(static_cast<size_t>(&range - ranges_.data()), range.address_of(first_page));
   }

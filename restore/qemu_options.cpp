@@ -14,9 +14,10 @@ namespace {
 // clang-format off
 constexpr auto options_without_value = std::to_array<std::string_view>({
     "S", "alt-grab", "async-teardown", "audio-help", "ctrl-grab", "curses", "daemonize",
-    "enable-fips", "enable-kvm", "enable-sync-profile", "full-screen", "h", "help", "mem-prealloc",
+    "enable-fips", "enable-kvm", "enable-sync-profile", "full-screen", "h", "help", "jitdump",
+    "mem-prealloc",
     "no-acpi", "no-fd-bootchk", "no-hpet", "no-quit", "no-reboot", "no-shutdown", "no-user-config",
-    "nodefaults", "nographic", "old-param", "only-migratable", "portrait", "preconfig", "s", "sdl",
+    "nodefaults", "nographic", "old-param", "only-migratable", "perfmap", "portrait", "preconfig", "s", "sdl",
     "semihosting", "singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach",
     "xen-domid-restrict"});
 // clang-format on

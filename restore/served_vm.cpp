@@ -224,6 +224,10 @@ void fill_if_asked(ServedVm& vm, std::unique_ptr<Serving>& serving) {
   serving->begin_fill();
 }
 
+std::string how_to_take_over(const ServedVm& vm) {
+  return fmt::format("The VM waits for its memory: vmsnap restore --reattach {}", vm.dir.path());
+}
+
 // Nobody is to find the record of the process before, nor be told of a page server
 // that came to nothing.
 Status wait_until_it_serves(const ServedVm& vm, int from) {
@@ -235,8 +239,7 @@ Status wait_until_it_serves(const ServedVm& vm, int from) {
   return tl::unexpected(
       Error(ErrorCode::io, fmt::format("the page server of {} ended as it began (log: {})",
                                        vm.process.describe(), vm.dir.file("vmsnap.log")))
-          .with_remedy(fmt::format("The VM waits for its memory: vmsnap restore --reattach {}",
-                                   vm.dir.path())));
+          .with_remedy(how_to_take_over(vm)));
 }
 
 volatile sig_atomic_t told_to_end = 0;
@@ -273,11 +276,14 @@ Status open_control(ServedVm& vm) {
 
 Result<pid_t> serve_in_background(ServedVm& vm) {
   int ends[2];
-  if (::pipe2(ends, O_CLOEXEC) < 0) return fail_errno(errno, "cannot make a pipe");
+  const auto cannot = [&](const char* what) {
+    return tl::unexpected(Error::from_errno(errno, what).with_remedy(how_to_take_over(vm)));
+  };
+  if (::pipe2(ends, O_CLOEXEC) < 0) return cannot("cannot make a pipe");
   const Fd hear(ends[0]);
   Fd tell(ends[1]);
   const pid_t child = ::fork();
-  if (child < 0) return fail_errno(errno, "cannot start a background process");
+  if (child < 0) return cannot("cannot start a background process");
   if (child > 0) {
     tell.reset();
     VMSNAP_CHECK(wait_until_it_serves(vm, hear.get()));

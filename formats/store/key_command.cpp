@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <ostream>
+#include <type_traits>
 
 #include "formats/key_slots.h"
 #include "formats/key_source.h"
@@ -37,9 +38,18 @@ Result<std::string> add_slot(StoreConfig& config, const SecretKey& master,
   return fmt::format("key {} was added", config.slots.back()["id"].get<std::string>());
 }
 
+// Whatever the file has in its place: it may have been changed by hand.
+template <class T>
+T value_of(const nlohmann::json& slot, const char* key, T otherwise) {
+  const auto found = slot.is_object() ? slot.find(key) : slot.end();
+  const bool fits = found != slot.end() &&
+                    (std::is_same_v<T, int64_t> ? found->is_number_integer() : found->is_string());
+  return fits ? found->template get<T>() : otherwise;
+}
+
 Result<std::string> remove_slot(StoreConfig& config, const std::string& id) {
   for (size_t i = 0; i < config.slots.size(); ++i) {
-    if (config.slots[i].value("id", "") != id) continue;
+    if (value_of<std::string>(config.slots[i], "id", {}) != id) continue;
     if (config.slots.size() == 1) {
       return fail(ErrorCode::refused, "key {} is the only one: nothing could open the store", id);
     }
@@ -62,8 +72,9 @@ Status run_key(CommandContext& context, const KeyOptions& options) {
   const bool adds = !options.new_key_file.empty() || !options.new_passphrase_file.empty();
   if (!adds && options.remove.empty()) {
     for (const auto& slot : config.slots) {
-      context.out << fmt::format("{}  {:10}  {}\n", slot.value("id", ""), slot.value("kind", ""),
-                                 utc_text(slot.value("created_unix_ms", int64_t{0})));
+      context.out << fmt::format("{}  {:10}  {}\n", value_of<std::string>(slot, "id", {}),
+                                 value_of<std::string>(slot, "kind", {}),
+                                 utc_text(value_of<int64_t>(slot, "created_unix_ms", 0)));
     }
     return {};
   }

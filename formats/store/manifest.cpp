@@ -8,7 +8,9 @@
 #include <filesystem>
 #include <system_error>
 
+#include "formats/damage.h"
 #include "formats/file.h"
+#include "formats/log.h"
 #include "formats/page_tree.h"
 #include "formats/store/pack_file.h"
 
@@ -64,7 +66,8 @@ Result<SnapshotList> list_snapshots(const Store& store, Where where) {
     if (entry) {
       list.snapshots.push_back(std::move(*entry));
     } else if (entry.error().os_errno() != ENOENT) {
-      if (entry.error().code() != ErrorCode::damaged) return tl::unexpected(entry.error());
+      // One that lies on a bad sector is no reason not to have the others.
+      if (!says_damage(entry.error())) return tl::unexpected(entry.error());
       list.unreadable.push_back(entry.error());
     }
   }
@@ -85,7 +88,11 @@ Result<std::string> resolve_snapshot(const Store& store, Where where, const std:
   if (text == "latest") {
     SnapshotList list = VMSNAP_TRY(list_snapshots(store, where));
     for (auto entry = list.snapshots.rbegin(); entry != list.snapshots.rend(); ++entry) {
-      if (vm.empty() || entry->is_of(vm)) return entry->id;
+      if (!vm.empty() && !entry->is_of(vm)) continue;
+      for (const Error& error : list.unreadable) {
+        log_warning("there may be a later snapshot: {}", error.message());
+      }
+      return entry->id;
     }
     // The newest may be the one that cannot be read.
     if (!list.unreadable.empty()) return tl::unexpected(list.unreadable.front());

@@ -113,11 +113,11 @@ Status create(const StorePaths& paths, const KeySource& key) {
 
 // Else new snapshots would go in unsealed, beside the sealed ones: who can write
 // to the store, but has no key, could have taken the keys out of its configuration.
-// One manifest tells as much as all.
+// All are looked at: whoever did that could have put a plain one beside them.
 Status check_not_sealed(const StorePaths& paths) {
   for (const std::string& directory : {paths.snapshots(), paths.trash()}) {
     for (const std::string& id : VMSNAP_TRY(manifest_ids(directory))) {
-      if (!looks_sealed(directory + "/" + id)) return {};
+      if (!looks_sealed(directory + "/" + id)) continue;
       return tl::unexpected(
           Error(ErrorCode::damaged,
                 fmt::format("{} says that the store is not encrypted, but its snapshots are",

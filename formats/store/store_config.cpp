@@ -8,6 +8,7 @@
 #include "formats/image_file.h"
 #include "formats/image_tail.h"
 #include "formats/key_slots.h"
+#include "formats/metadata.h"
 #include "formats/store/pack_file.h"
 
 namespace vmsnap {
@@ -38,6 +39,7 @@ Status check_is_store(const StorePaths& paths) {
 }
 
 Result<StoreConfig> parse_store_config(const std::string& json, const std::string& name) {
+  if (nested_too_deep(json)) return damaged(name, "it is nested too deep");
   const auto document = nlohmann::json::parse(json, nullptr, /*allow_exceptions=*/false);
   if (json.size() > max_config || !document.is_object()) {
     return damaged(name, "it is not a JSON object");

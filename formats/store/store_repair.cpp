@@ -160,9 +160,7 @@ Status Repairer::quarantine_manifest(const std::string& directory, const std::st
 // Never onto another file: of two damaged copies each may be needed.
 Status Repairer::move(const std::string& from, const std::string& to) const {
   VMSNAP_TEST_POINT("repair.quarantining");
-  if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_NOREPLACE) < 0) {
-    return fail_errno(errno, "cannot rename {} to {}", from, to);
-  }
+  VMSNAP_CHECK(rename_to_new(from, to));
   VMSNAP_CHECK(sync_directory_of(to));
   return sync_directory_of(from);
 }

@@ -48,6 +48,7 @@ class CloneStarter {
   Status collect(Until until, size_t at_most);
   void hear(Started& clone) const;
   void print() const;
+  Status check_none_is_left() const;
   Status what_was_lost() const;
   Status wait_for_the_end() const;
 
@@ -67,7 +68,10 @@ Status CloneStarter::prepare() {
   const LaunchRequest request = VMSNAP_TRY(launch_request(options_.vm, *image_));
   const auto& arguments = request.record.arguments;
   if (std::none_of(arguments.begin(), arguments.end(),
-                   [](const std::string& word) { return word.starts_with("vmgenid"); })) {
+                   [](const std::string& word) {
+                     // In either syntax; JSON is what libvirt writes.
+                     return word.starts_with("vmgenid") || word.find("\"vmgenid\"") != word.npos;
+                   })) {
     log_info("the VM has no vmgenid device: nothing tells its guest that it was cloned "
              "(CLONES in vmsnap(1))");
   }
@@ -198,10 +202,27 @@ Status CloneStarter::what_was_lost() const {
           .with_remedy("vmsnap verify names what is damaged."));
 }
 
+// The keeper may have been killed, too, and then they wait for their memory.
+Status CloneStarter::check_none_is_left() const {
+  for (const std::string& name : farm_->clones()) {
+    const auto record = read_restore_record(farm_->file(name));
+    if (!record || !find_process(*record)) continue;
+    return tl::unexpected(
+        Error(ErrorCode::vm, fmt::format("the page server of the clones in {} is dead; they wait for "
+                                         "their memory",
+                                         farm_->path()))
+            .with_remedy(fmt::format("vmsnap restore --reattach {}", shell_quoted(farm_->path()))));
+  }
+  return {};
+}
+
 Status CloneStarter::wait_for_the_end() const {
   // The keeper removes its socket when the last clone has gone.
   while (!interrupted()) {
-    if (!connect_for_messages(farm_->socket())) return what_was_lost();
+    if (!connect_for_messages(farm_->socket())) {
+      VMSNAP_CHECK(check_none_is_left());
+      return what_was_lost();
+    }
     for (int i = 0; i < 10 && !interrupted(); ++i) {
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
     }

@@ -77,6 +77,7 @@ Status PageWorker::run(std::vector<KeptClone> clones, int link) {
     const Status added =
         add(clone.name, std::move(clone.uffd), std::move(pidfd), std::move(clone.ranges));
     if (!added) log_line(LogLevel::error, added.error().message());
+    clone.process = Process();  // its descriptor: three for each clone would be a third too many
   }
   for (;;) {
     auto request = VMSNAP_TRY(receive_message(link, std::chrono::milliseconds(-1)));

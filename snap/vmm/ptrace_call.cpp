@@ -2,17 +2,57 @@
 
 #include <elf.h>
 #include <sys/ptrace.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
 
 #include <cerrno>
+#include <charconv>
+#include <string>
 
 namespace vmsnap {
 
 namespace {
+
 constexpr uint64_t user_code_segment = 0x33;  // 64-bit code on x86-64 Linux
 constexpr int wait_limit_us = 5'000'000;
+
+// System calls that return EINTR when a thread is stopped and let go again,
+// even though no handler ran (signal(7), "Interruption of system calls and
+// library functions by stop signals"). Others the kernel restarts itself.
+bool returns_eintr_after_stop(uint64_t number) {
+  switch (number) {
+    case SYS_epoll_wait:
+    case SYS_epoll_pwait:
+    case SYS_epoll_pwait2:
+    case SYS_semop:
+    case SYS_semtimedop:
+    case SYS_rt_sigtimedwait:
+    case SYS_io_getevents:
+    case SYS_msgrcv:
+    case SYS_msgsnd: return true;
+    default: return false;
+  }
+}
+
+// Whether a signal that the thread would take is waiting: then EINTR is true.
+bool has_pending_signal(const Process& process, pid_t tid) {
+  const auto status = read_small_file(fmt::format("/proc/{}/task/{}/status", process.pid(), tid));
+  if (!status) return true;
+  const auto mask = [&](const char* name) {
+    const size_t at = status->find(name);
+    uint64_t value = ~uint64_t{0};
+    if (at != std::string::npos) {
+      const char* start = status->c_str() + at + std::char_traits<char>::length(name);
+      while (*start == '\t' || *start == ' ') ++start;
+      std::from_chars(start, start + 16, value, 16);
+    }
+    return value;
+  };
+  return ((mask("SigPnd:") | mask("ShdPnd:")) & ~mask("SigBlk:")) != 0;
+}
+
 }  // namespace
 
 long trace(int request, pid_t tid, uint64_t address, const void* data) {
@@ -103,6 +143,14 @@ Status set_registers(const Process& process, pid_t tid, const user_regs_struct& 
     return trace_error(process, "PTRACE_SETREGSET", errno);
   }
   return {};
+}
+
+user_regs_struct with_call_repeated(const Process& process, pid_t tid, user_regs_struct registers) {
+  if (!in_system_call(registers) || static_cast<int64_t>(registers.rax) != -EINTR) return registers;
+  if (!returns_eintr_after_stop(registers.orig_rax) || has_pending_signal(process, tid)) return registers;
+  registers.rax = registers.orig_rax;
+  registers.rip -= 2;  // the length of a syscall instruction
+  return registers;
 }
 
 }  // namespace vmsnap

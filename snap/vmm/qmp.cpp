@@ -16,6 +16,9 @@ namespace vmsnap {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+constexpr std::chrono::milliseconds connect_slice{200};
+constexpr const char* one_client_at_a_time =
+    "Another program may hold this monitor (libvirt does): give the VM a second -qmp socket.";
 using Json = nlohmann::json;
 
 constexpr size_t max_reply = 16 << 20;
@@ -63,7 +66,18 @@ Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::millisecon
   qmp.signals_ = signals;
   qmp.path_ = socket_path;
   qmp.limit_ = limit;
-  auto connected = connect_to_socket(socket_path, SOCK_STREAM);
+  const auto deadline = Clock::now() + limit;
+  Result<Fd> connected = connect_to_socket(socket_path, SOCK_STREAM, connect_slice);
+  while (!connected && connected.error().os_errno() == EAGAIN && Clock::now() < deadline) {
+    if (signals == Signals::heed) VMSNAP_CHECK(check_interrupted());
+    connected = connect_to_socket(socket_path, SOCK_STREAM, connect_slice);
+  }
+  if (!connected && connected.error().os_errno() == EAGAIN) {
+    return tl::unexpected(
+        Error(ErrorCode::vm, fmt::format("cannot connect to QMP socket {}: others wait for it already",
+                                         socket_path))
+            .with_remedy(one_client_at_a_time));
+  }
   if (!connected && connected.error().code() == ErrorCode::usage) {
     return tl::unexpected(std::move(connected).error());
   }
@@ -85,7 +99,7 @@ Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::millisecon
   }
   if (!greeting) {
     return tl::unexpected(std::move(greeting).error().with_remedy(
-        "Another program may hold this monitor (libvirt does): give the VM a second -qmp socket."));
+        one_client_at_a_time));
   }
   if (!greeting->contains("QMP")) {
     return bad(socket_path, "the other end does not speak QMP",

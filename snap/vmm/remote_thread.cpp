@@ -109,6 +109,7 @@ RemoteThread::RemoteThread(RemoteThread&& other) noexcept
       saved_(other.saved_),
       saved_mask_(other.saved_mask_),
       prepared_(other.prepared_),
+      stopped_(other.stopped_),
       filtered_(other.filtered_),
       syscall_instruction_(other.syscall_instruction_),
       scratch_(other.scratch_),
@@ -117,11 +118,24 @@ RemoteThread::RemoteThread(RemoteThread&& other) noexcept
 RemoteThread::~RemoteThread() {
   if (tid_ == 0) return;
   if (prepared_) {
+    if (!stopped_) stop_again();
     if (!scratch_saved_.empty()) (void)process_->write(scratch_, scratch_saved_);
-    (void)set_registers(*process_, tid_, saved_);
+    // First, because it says whether a signal waits for the thread.
     trace(PTRACE_SETSIGMASK, tid_, sizeof saved_mask_, &saved_mask_);
+    (void)set_registers(*process_, tid_, with_call_repeated(*process_, tid_, saved_));
   }
   trace(PTRACE_DETACH, tid_, 0, uint64_t{0});
+}
+
+// A step that did not end in time (the process is in a frozen cgroup, or has hardly any
+// processor): with our registers it must not be left, however long that takes.
+void RemoteThread::stop_again() {
+  for (;;) {
+    if (!interrupt_start(*process_, tid_)) return;
+    const auto status = wait_for_stop(*process_, tid_);
+    if (status) return;  // it stands still, or has ended
+    if (!process_->alive()) return;
+  }
 }
 
 Result<int64_t> RemoteThread::call(long number, std::initializer_list<uint64_t> arguments) {
@@ -139,8 +153,10 @@ Result<int64_t> RemoteThread::call(long number, std::initializer_list<uint64_t> 
   if (trace(PTRACE_SINGLESTEP, tid_, 0, uint64_t{0}) < 0) {
     return trace_error(*process_, "PTRACE_SINGLESTEP", errno);
   }
+  stopped_ = false;
   for (;;) {
     const int status = VMSNAP_TRY(wait_for_stop(*process_, tid_));
+    stopped_ = true;
     if (!WIFSTOPPED(status)) return fail(ErrorCode::vm, "{} ended", process_->describe());
     const user_regs_struct after = VMSNAP_TRY(get_registers(*process_, tid_));
     if (after.rip == syscall_instruction_.address() + 2 && WSTOPSIG(status) == SIGTRAP &&
@@ -152,6 +168,7 @@ Result<int64_t> RemoteThread::call(long number, std::initializer_list<uint64_t> 
     if (trace(PTRACE_SINGLESTEP, tid_, 0, uint64_t{0}) < 0) {
       return trace_error(*process_, "PTRACE_SINGLESTEP", errno);
     }
+    stopped_ = false;
   }
 }
 

@@ -57,12 +57,14 @@ class RemoteThread {
  private:
   RemoteThread(const Process& process, pid_t tid) : process_(&process), tid_(tid) {}
   Status prepare();
+  void stop_again();
 
   const Process* process_;
   pid_t tid_;  // 0 after a move
   user_regs_struct saved_ = {};
   uint64_t saved_mask_ = 0;
   bool prepared_ = false;
+  bool stopped_ = true;  // since it was seized, but for the time of a step
   bool filtered_ = false;
   RemotePtr syscall_instruction_;
   RemotePtr scratch_;

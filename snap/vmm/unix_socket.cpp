@@ -1,5 +1,6 @@
 #include "snap/vmm/unix_socket.h"
 
+#include <fcntl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -7,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 #include <random>
+#include <thread>
 
 #include <fmt/format.h>
 
@@ -34,13 +36,23 @@ Result<sockaddr_un> socket_address(const std::string& path) {
   return address;
 }
 
-Result<Fd> connect_to_socket(const std::string& path, int type) {
+Result<Fd> connect_to_socket(const std::string& path, int type, std::chrono::milliseconds limit) {
   const sockaddr_un address = VMSNAP_TRY(socket_address(path));
-  Fd socket = VMSNAP_TRY(new_socket(type));
-  if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0) {
-    return socket;
+  Fd socket = VMSNAP_TRY(new_socket(type | SOCK_NONBLOCK));
+  const auto deadline = std::chrono::steady_clock::now() + limit;
+  while (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) < 0) {
+    // EAGAIN: as many as it lets wait are waiting (a monitor takes one client at a time).
+    const int why = errno;
+    if ((why != EAGAIN && why != EINTR) || std::chrono::steady_clock::now() >= deadline) {
+      return fail_errno(why, "cannot connect to {}", path);
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
-  return fail_errno(errno, "cannot connect to {}", path);
+  const int flags = ::fcntl(socket.get(), F_GETFL);
+  if (flags < 0 || ::fcntl(socket.get(), F_SETFL, flags & ~O_NONBLOCK) < 0) {
+    return fail_errno(errno, "cannot set up a socket");
+  }
+  return socket;
 }
 
 Result<Fd> listen_on_socket(const std::string& path, int type, int backlog) {

@@ -6,6 +6,7 @@
 
 #include <sys/un.h>
 
+#include <chrono>
 #include <string>
 
 #include "formats/error.h"
@@ -15,9 +16,11 @@ namespace vmsnap {
 
 Result<sockaddr_un> socket_address(const std::string& path);
 
-// `type` is SOCK_STREAM or SOCK_SEQPACKET, here and below, or'ed with
-// SOCK_NONBLOCK if wished. The error has connect(2)'s errno.
-Result<Fd> connect_to_socket(const std::string& path, int type);
+// `type` is SOCK_STREAM or SOCK_SEQPACKET, here and below; for listening or'ed with
+// SOCK_NONBLOCK if wished. The error has connect(2)'s errno: EAGAIN when as many are
+// waiting as the socket lets, and one of them is not taken within `limit`.
+Result<Fd> connect_to_socket(const std::string& path, int type,
+                             std::chrono::milliseconds limit = std::chrono::seconds(10));
 
 // Makes the socket, mode 0600 from its first moment, and listens: once the file
 // is there, connecting to it works. Nothing may be at `path`, whose length may be

@@ -237,29 +237,54 @@ TEST(ThreadStop, StopsEveryThreadAndLetsThemGoOn) {
 }
 
 // epoll_wait is never restarted by the kernel after a stop; a process that we
-// stopped must not see EINTR all the same.
-TEST(ThreadStop, WaitersDoNotSeeTheStop) {
-  Signals* signals = shared_with_victim<Signals>();
-  int pipe_ends[2];
-  ASSERT_EQ(::pipe(pipe_ends), 0);
-  Victim victim([&] {
+// stopped, or of which we borrowed a thread, must not see EINTR all the same.
+class WaitingForEvents : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    wait_until([&] { return signals_->ready == 1; });
+    std::this_thread::sleep_for(20ms);
+  }
+
+  static int live(Signals* signals, int pipe_end) {
     const int poll = ::epoll_create1(0);
     epoll_event event = {};
     event.events = EPOLLIN;
-    ::epoll_ctl(poll, EPOLL_CTL_ADD, pipe_ends[0], &event);
+    ::epoll_ctl(poll, EPOLL_CTL_ADD, pipe_end, &event);
     signals->ready = 1;
     const int ready = ::epoll_wait(poll, &event, 1, -1);
     return ready == 1 ? 0 : errno;
-  });
-  wait_until([&] { return signals->ready == 1; });
-  std::this_thread::sleep_for(20ms);
-  const Process process = victim.process();
+  }
+
+  void expect_it_waited() {
+    EXPECT_EQ(::write(pipe_.ends[1], "x", 1), 1);
+    EXPECT_EQ(victim_.wait(), 0);
+  }
+
+  struct Pipe {
+    Pipe() { EXPECT_EQ(::pipe(ends), 0); }
+    int ends[2];
+  };
+  Signals* const signals_ = shared_with_victim<Signals>();
+  const Pipe pipe_;
+  Victim victim_{[this] { return live(signals_, pipe_.ends[0]); }};
+  const Process process_ = victim_.process();
+};
+
+TEST_F(WaitingForEvents, DoesNotSeeAStop) {
   for (int i = 0; i < 10; ++i) {
-    ASSERT_TRUE(ThreadStop::stop(process));
+    ASSERT_TRUE(ThreadStop::stop(process_));
     std::this_thread::sleep_for(2ms);
   }
-  EXPECT_EQ(::write(pipe_ends[1], "x", 1), 1);
-  EXPECT_EQ(victim.wait(), 0);
+  expect_it_waited();
+}
+
+TEST_F(WaitingForEvents, DoesNotSeeThatItsThreadWasBorrowed) {
+  for (int i = 0; i < 10; ++i) {
+    ASSERT_TRUE(run_injected(
+        process_, [](RemoteThread& thread, InjectorLink&) { return thread.call(SYS_getpid, {}); }));
+    std::this_thread::sleep_for(2ms);
+  }
+  expect_it_waited();
 }
 
 TEST(ThreadStop, ADeadProcessIsAnError) {

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "snap/vmm/qmp.h"
 #include "tests/formats/test_image.h"
 
 namespace vmsnap {
@@ -34,6 +35,29 @@ TEST(UnixSocket, IsThereOnceItCanBeConnectedTo) {
   client.join();
   for (const auto& listener : listeners) EXPECT_TRUE(listener) << listener.error().message();
   EXPECT_EQ(refused, 0);
+}
+
+// As a monitor is whose one client stays, and for which others have waited.
+TEST(UnixSocket, NobodyWaitsForEverToBeTaken) {
+  const TempDirectory directory;
+  const std::string path = directory.file("s");
+  const auto listener = listen_on_socket(path, SOCK_STREAM, 1);
+  ASSERT_TRUE(listener);
+  std::vector<Fd> waiting;
+  for (int i = 0; i < 100; ++i) {
+    auto connected = connect_to_socket(path, SOCK_STREAM, std::chrono::milliseconds(20));
+    if (!connected) {
+      EXPECT_EQ(connected.error().os_errno(), EAGAIN);
+      break;
+    }
+    waiting.push_back(*std::move(connected));
+  }
+  EXPECT_GE(waiting.size(), 1u);
+  EXPECT_LT(waiting.size(), 100u);
+  const auto monitor = Qmp::connect(path, std::chrono::milliseconds(300));
+  ASSERT_FALSE(monitor);
+  EXPECT_EQ(monitor.error().code(), ErrorCode::vm);
+  EXPECT_NE(monitor.error().remedy().find("Another program"), std::string::npos);
 }
 
 TEST(UnixSocket, IsOfItsOwnerAlone) {

@@ -228,6 +228,11 @@ TEST_F(ASealedStore, NoticesThatItsKeysAreGone) {
   EXPECT_EQ(Store::open(options_).error().code(), ErrorCode::damaged);
   EXPECT_EQ(Store::open_or_create(options_).error().code(), ErrorCode::damaged);
   const StorePaths paths = {options_.directory};
+  // Not even where plain ones were put beside them, of whatever name.
+  for (const char digit : {'0', '8', 'f'}) {
+    write_file(paths.snapshot(std::string(32, digit)), std::as_bytes(std::span(without)));
+  }
+  EXPECT_EQ(Store::open(options_).error().code(), ErrorCode::damaged);
   std::filesystem::rename(paths.snapshot(id), paths.in_trash(id));
   EXPECT_EQ(Store::open(options_).error().code(), ErrorCode::damaged);
 }
