@@ -6,6 +6,7 @@
 #include <unordered_map>
 
 #include "formats/append_file.h"
+#include "formats/descriptor_limit.h"
 #include "formats/file.h"
 #include "formats/frame_batch.h"
 #include "formats/image_tail.h"
@@ -280,6 +281,7 @@ Status repack(const Store& store, const RepackOptions& options, RepackReport& re
     domains[pack.domain].emplace(id, std::move(pack));
   }
   if (options.dry_run) return {};
+  const MoreDescriptors one_for_each_manifest;
   for (auto& [domain, packs] : domains) {
     VMSNAP_CHECK(DomainRepack(store, domain, std::move(packs), options.pack_bytes).run(report));
   }

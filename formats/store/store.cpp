@@ -94,7 +94,7 @@ Status check_may_create(const StorePaths& paths) {
   return {};
 }
 
-Status create(const StorePaths& paths, const KeySource& key) {
+Status create(const StorePaths& paths, const std::optional<KeyMaterial>& key) {
   VMSNAP_CHECK(check_may_create(paths));
   VMSNAP_CHECK(make_directory(paths.root));
   for (const std::string& path :
@@ -140,7 +140,10 @@ Result<std::unique_ptr<Store>> Store::open(const StoreOptions& options) {
   const StorePaths paths = {options.directory};
   VMSNAP_CHECK(check_is_store(paths));
   const StoreConfig config = VMSNAP_TRY(read_store_config(paths));
-  std::optional<SecretKey> master = VMSNAP_TRY(unlock_store(config, paths, options.key));
+  return open(paths, VMSNAP_TRY(unlock_store(config, paths, options.key)));
+}
+
+Result<std::unique_ptr<Store>> Store::open(const StorePaths& paths, std::optional<SecretKey> master) {
   if (!master) VMSNAP_CHECK(check_not_sealed(paths));
   StoreLock use = VMSNAP_TRY(StoreLock::use(paths));
   return std::unique_ptr<Store>(new Store(paths, std::move(use), std::move(master)));
@@ -148,8 +151,11 @@ Result<std::unique_ptr<Store>> Store::open(const StoreOptions& options) {
 
 Result<std::unique_ptr<Store>> Store::open_or_create(const StoreOptions& options) {
   const StorePaths paths = {options.directory};
-  if (!VMSNAP_TRY(is_store(paths))) VMSNAP_CHECK(create(paths, options.key));
-  return open(options);
+  if (VMSNAP_TRY(is_store(paths))) return open(options);
+  const std::optional<KeyMaterial> key = VMSNAP_TRY(read_key(options.key));
+  VMSNAP_CHECK(create(paths, key));
+  const StoreConfig config = VMSNAP_TRY(read_store_config(paths));
+  return open(paths, VMSNAP_TRY(unlock_store(config, paths, key)));
 }
 
 Status Store::begin_again() {

@@ -59,6 +59,7 @@ class Store {
       const std::string& id, std::shared_ptr<const Store> keep = nullptr) const;
 
  private:
+  static Result<std::unique_ptr<Store>> open(const StorePaths& paths, std::optional<SecretKey> master);
   Store(StorePaths paths, StoreLock use, std::optional<SecretKey> master);
 
   const StorePaths paths_;

@@ -18,6 +18,10 @@ namespace {
 constexpr const char* format_name = "vmsnap store";
 constexpr size_t max_config = 1 << 20;
 
+tl::unexpected<Error> needs_no_key(const StorePaths& paths) {
+  return fail(ErrorCode::usage, "a key was given, but the store {} is not encrypted", paths.root);
+}
+
 }  // namespace
 
 Result<bool> is_store(const StorePaths& paths) {
@@ -70,12 +74,12 @@ Result<StoreConfig> read_store_config(const StorePaths& paths) {
                             paths.config());
 }
 
-Result<StoreConfig> make_store_config(const KeySource& key) {
+Result<StoreConfig> make_store_config(const std::optional<KeyMaterial>& key) {
   StoreConfig config;
   config.id = id_text(VMSNAP_TRY(random_id()));
-  if (const auto material = VMSNAP_TRY(read_key(key))) {
+  if (key) {
     const SecretKey master = VMSNAP_TRY(SecretKey::random());
-    config.slots = nlohmann::json::array({VMSNAP_TRY(make_slot(master, *material))});
+    config.slots = nlohmann::json::array({VMSNAP_TRY(make_slot(master, *key))});
   }
   return config;
 }
@@ -92,22 +96,23 @@ Status write_store_config(const StorePaths& paths, const StoreConfig& config, bo
 
 Result<std::optional<SecretKey>> unlock_store(const StoreConfig& config, const StorePaths& paths,
                                               const KeySource& key) {
-  if (!config.sealed()) {
-    // One from the environment may be meant for another store.
-    if (names_a_key(key)) {
-      return fail(ErrorCode::usage, "a key was given, but the store {} is not encrypted",
-                  paths.root);
-    }
-    return std::optional<SecretKey>();
-  }
-  const auto material = VMSNAP_TRY(read_key(key));
-  if (!material) {
+  if (config.sealed()) return unlock_store(config, paths, VMSNAP_TRY(read_key(key)));
+  // One from the environment may be meant for another store.
+  if (names_a_key(key)) return needs_no_key(paths);
+  return std::optional<SecretKey>();
+}
+
+Result<std::optional<SecretKey>> unlock_store(const StoreConfig& config, const StorePaths& paths,
+                                              const std::optional<KeyMaterial>& key) {
+  if (!config.sealed() && key) return needs_no_key(paths);
+  if (!config.sealed()) return std::optional<SecretKey>();
+  if (!key) {
     return tl::unexpected(
         Error(ErrorCode::wrong_key, fmt::format("the store {} is encrypted", paths.root))
             .with_remedy("Give its key: --key-file, --passphrase-file, --passphrase-command, or "
                          "the environment variable VMSNAP_PASSPHRASE."));
   }
-  return std::optional<SecretKey>(VMSNAP_TRY(unlock(config.slots, *material, paths.config())));
+  return std::optional<SecretKey>(VMSNAP_TRY(unlock(config.slots, *key, paths.config())));
 }
 
 }  // namespace vmsnap

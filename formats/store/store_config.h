@@ -32,13 +32,16 @@ Status check_is_store(const StorePaths& paths);
 Result<StoreConfig> parse_store_config(const std::string& json, const std::string& name);
 Result<StoreConfig> read_store_config(const StorePaths& paths);
 
-// Of a new store; sealed with a new random key if the source names a key.
-Result<StoreConfig> make_store_config(const KeySource& key);
+// Of a new store; sealed with a new random key if there is a key to open it with.
+Result<StoreConfig> make_store_config(const std::optional<KeyMaterial>& key);
 Status write_store_config(const StorePaths& paths, const StoreConfig& config, bool replace);
 
 // The master key; none for a store that is not sealed. ErrorCode::wrong_key if
 // the key is missing or wrong, usage if a key is given that nothing needs.
 Result<std::optional<SecretKey>> unlock_store(const StoreConfig& config, const StorePaths& paths,
                                               const KeySource& key);
+// The same with what read_key() gave: a descriptor or a pipe gives it once.
+Result<std::optional<SecretKey>> unlock_store(const StoreConfig& config, const StorePaths& paths,
+                                              const std::optional<KeyMaterial>& key);
 
 }  // namespace vmsnap

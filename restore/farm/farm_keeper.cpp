@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "formats/descriptor_limit.h"
 #include "formats/elapsed.h"
 #include "formats/log.h"
 #include "restore/background.h"
@@ -246,6 +247,7 @@ Result<Fd> start_keeper(FarmSetup setup, const std::vector<std::string>& clones)
   if (child > 0) return std::move(ours);
   ours.reset();
   become_background(setup.dir.file("vmsnap.log"));
+  const MoreDescriptors two_for_each_clone;  // also in the page server, which comes from here
   setup.record.keeper_pid = ::getpid();
   Status done = setup.dir.write(setup.record);
   Keeper keeper(std::move(setup), std::move(listener), std::move(theirs));

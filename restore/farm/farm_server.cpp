@@ -44,7 +44,7 @@ FarmServer::~FarmServer() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-Status FarmServer::start() {
+Status FarmServer::prepare() {
   wanted_ = VMSNAP_TRY(PageMarks::in_memory(reader_.page_count()));
   epoll_ = Fd(::epoll_create1(EPOLL_CLOEXEC));
   queued_ = Fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE));
@@ -52,7 +52,10 @@ Status FarmServer::start() {
   if (!epoll_ || !queued_ || !stopped_ || !put_off_.start()) return fail_errno(errno, "cannot make a descriptor");
   VMSNAP_CHECK(watch(epoll_.get(), queued_.get(), EPOLLIN, 0));
   VMSNAP_CHECK(watch(epoll_.get(), stopped_.get(), EPOLLIN, 0));
-  VMSNAP_CHECK(watch(epoll_.get(), put_off_.fd(), EPOLLIN, is_timer));
+  return watch(epoll_.get(), put_off_.fd(), EPOLLIN, is_timer);
+}
+
+Status FarmServer::start() {
   for (unsigned i = thread_count(options_.threads); i > 0; --i) {
     threads_.emplace_back([this] { run_thread(); });
   }

@@ -67,6 +67,9 @@ class FarmServer {
   FarmServer(const FarmServer&) = delete;
   FarmServer& operator=(const FarmServer&) = delete;
 
+  // Then add() what there is already, and start() the threads: a page that one clone gave
+  // back must not come back because another touched it before that was known.
+  Status prepare();
   Status start();
   // Begins with what a predecessor had read and not done, and wakes all who
   // wait. Any thread.

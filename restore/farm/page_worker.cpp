@@ -71,7 +71,7 @@ Status PageWorker::run(std::vector<KeptClone> clones, int link) {
   std::vector<std::string> read = paths_of(setup_.image);
   read.push_back(setup_.run_dir);  // the clones' own are made by us
   VMSNAP_CHECK(drop_privileges(read));
-  VMSNAP_CHECK(server_->start());
+  VMSNAP_CHECK(server_->prepare());
   for (KeptClone& clone : clones) {
     Fd pidfd(::fcntl(clone.process.pidfd(), F_DUPFD_CLOEXEC, 0));
     const Status added =
@@ -79,6 +79,9 @@ Status PageWorker::run(std::vector<KeptClone> clones, int link) {
     if (!added) log_line(LogLevel::error, added.error().message());
     clone.process = Process();  // its descriptor: three for each clone would be a third too many
   }
+  // Only now: a page that one clone gave back must not come back to it because another,
+  // or the loading ahead, brought it before that was known here.
+  VMSNAP_CHECK(server_->start());
   for (;;) {
     auto request = VMSNAP_TRY(receive_message(link, std::chrono::milliseconds(-1)));
     if (!request) return {};

@@ -40,8 +40,9 @@ class FarmServerTest : public ::testing::Test {
     if (!image_) image_ = testing::open_image(folder_ / "image");
     cache_ = *PageCache::attach(*memory_, limit);
     server_ = std::make_unique<FarmServer>(*image_, *cache_, options);
-    ASSERT_TRUE(server_->start());
+    ASSERT_TRUE(server_->prepare());
     for (size_t i = 0; i < clones_.size(); ++i) add(i);
+    ASSERT_TRUE(server_->start());
   }
   void add(size_t number) {
     const ServedChild& clone = *clones_[number];
@@ -135,7 +136,7 @@ TEST_F(FarmServerTest, ASuccessorKnowsWhatWasGivenBack) {
   clones_[0]->read(7);
   give_back(0, 6, 3);
   end();
-  serve();
+  serve({.prefetch = Prefetch::all, .threads = 4});
   EXPECT_EQ(clones_[0]->read(7), Page{});
   EXPECT_EQ(clones_[1]->read(7), expected_page(7));
   EXPECT_FALSE(cache_->contains(7));

@@ -217,6 +217,25 @@ TEST_F(ASealedStore, OpensWithItsKeyOnly) {
 }
 
 // Else the next snapshots would go in without a key, and unsealed.
+// What a descriptor gives, it gives once, also to who makes the store.
+TEST_F(ASealedStore, IsMadeWithAPassphraseOfADescriptor) {
+  const auto give = [&](const std::string& line) {
+    int ends[2];
+    ASSERT_EQ(::pipe(ends), 0);
+    const Fd writing(ends[1]);
+    ASSERT_EQ(::write(writing.get(), line.data(), line.size()), static_cast<ssize_t>(line.size()));
+    options_.key = {.passphrase_fd = ends[0]};
+  };
+  for (const char* line : {"a secret\n", "a secret\nanother line\n"}) {
+    give(line);
+    const auto opened = Store::open_or_create(options_);
+    EXPECT_TRUE(opened) << opened.error().message();
+    ::close(*options_.key.passphrase_fd);
+  }
+  give("no secret\n");
+  EXPECT_EQ(Store::open_or_create(options_).error().code(), ErrorCode::wrong_key);
+}
+
 TEST_F(ASealedStore, NoticesThatItsKeysAreGone) {
   seal_store();
   const std::string id = write(*open(), texts(0, 3)).id;
