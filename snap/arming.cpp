@@ -33,20 +33,19 @@ void set_armed(CapturedPiece& piece, const std::vector<RemoteRange>& runs) {
   }
 }
 
-// Marks what the file holds of a range of the piece.
-Status set_armed_by_data(const Process& process, CapturedPiece& piece, RemoteRange range) {
+// Marks what the file holds of the piece.
+Status set_armed_by_data(const Process& process, CapturedPiece& piece) {
   const int fd = piece.piece.file->get();
-  const off_t origin = static_cast<off_t>(piece.piece.file_offset);
-  const off_t start = origin + static_cast<off_t>(range.start - piece.piece.range.start);
-  const off_t end = start + static_cast<off_t>(range.length);
+  const off_t start = static_cast<off_t>(piece.piece.file_offset);
+  const off_t end = start + static_cast<off_t>(piece.piece.range.length);
   for (off_t at = start; at < end;) {
     const off_t data = ::lseek(fd, at, SEEK_DATA);
     if (data < 0 && errno == ENXIO) break;
     const off_t hole = data < 0 ? -1 : ::lseek(fd, data, SEEK_HOLE);
     if (hole < 0) return fail_errno(errno, "cannot find the data in shared memory of {}", process.describe());
     if (data >= end) break;
-    set_armed(piece, static_cast<uint64_t>(data - origin) / page_size,
-              static_cast<uint64_t>(std::min(hole, end) - origin + page_size - 1) / page_size);
+    set_armed(piece, static_cast<uint64_t>(data - start) / page_size,
+              static_cast<uint64_t>(std::min(hole, end) - start + page_size - 1) / page_size);
     at = hole;
   }
   return {};
@@ -73,7 +72,17 @@ Status set_armed_by_file(const Process& process, const PageMap& pagemap, Capture
     }
     return {};
   }
-  return set_armed_by_data(process, piece, piece.piece.range);
+  return set_armed_by_data(process, piece);
+}
+
+// The same for a little of it. Without SEEK_HOLE, which would look through all that
+// follows.
+void set_armed_by_data_in(CapturedPiece& piece, const UnitRun& run) {
+  const int fd = piece.piece.file->get();
+  for (uint64_t unit = run.first; unit < run.end(); ++unit) {
+    const auto at = static_cast<off_t>(piece.piece.file_offset + unit * page_size);
+    if (::lseek(fd, at, SEEK_DATA) == at) piece.states.set(unit, UnitState::armed);
+  }
 }
 
 // What lies between the runs, and what lies between what is near to it.
@@ -210,7 +219,7 @@ Status Arming::protect_runs(std::vector<UnitRun> runs) {
       VMSNAP_CHECK(note_owned(*run.piece, range));
     } else if (run.piece->piece.shared()) {
       if (run.piece->piece.file && run.piece->piece.unit_bytes == page_size) {
-        VMSNAP_CHECK(set_armed_by_data(state_.process, *run.piece, range));
+        set_armed_by_data_in(*run.piece, run);
       }
     } else {
       set_armed(*run.piece, VMSNAP_TRY(state_.pagemap.marked(range)));
