@@ -210,10 +210,14 @@ def connect_silently(path):
 HAVE_TO_WAIT = "VMMs that connect have to wait"
 
 
-@pytest.mark.parametrize("files, connections", [(40, 26), (4096, 264)],
+@pytest.mark.parametrize("files, connections", [(40, 40), (4096, 264)],
                          ids=["no-descriptor", "no-room"])
 def test_more_connections_than_it_can_take(world, shared_world, files, connections):
-    """Those that come too late wait; it uses no processor meanwhile, and says so once."""
+    """Those that come too late wait; it uses no processor meanwhile, and says so once.
+
+    As many connect as there are descriptors: a session's second one is opened later,
+    by its own thread.
+    """
     image, raw = image_of_writers(world, shared_world)
     path = world.path("uffd.sock")
     run = world.start_vmsnap(
