@@ -116,7 +116,7 @@ Status Capture::arm() {
   return state_->status();
 }
 
-Status Capture::finish(const std::function<Status()>& on_progress) {
+void Capture::start() {
   uint64_t armed = 0;
   for (const auto& piece : state_->pieces) {
     for (uint64_t unit = 0; unit < piece->states.count(); ++unit) {
@@ -130,12 +130,14 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
       if (const Status worked = work(); !worked) state_->fail(worked.error());
     }));
   }
+}
 
+Status Capture::finish(const std::function<Status()>& on_progress) {
   bool half_seen = false;
   for (bool finished = false; !finished && !state_->failed();) {
     finished = sweep_.wait_finished(half_seen ? interval : interval / 4);
     // Also when the other half took less time than we waited.
-    if (!half_seen && state_->counters.copied_pages * 2 >= armed) {
+    if (!half_seen && state_->counters.copied_pages * 2 >= state_->counters.armed_pages) {
       half_seen = true;
       VMSNAP_TEST_POINT("copy.half");
     }

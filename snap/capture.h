@@ -63,7 +63,10 @@ class Capture {
   Status begin(const std::function<Status()>& on_progress);
   Status arm_again() { return arming_->again(); }
   Status arm();
-  // `on_progress` is called some fifty times a second; an error it returns ends
+  // After arm(): the copying begins. As soon as the target runs again, whatever else is
+  // to be done then: until there are workers, only the staging takes what it writes to.
+  void start();
+  // After start(). `on_progress` is called some fifty times a second; an error it returns ends
   // the capture.
   Status finish(const std::function<Status()>& on_progress);
 

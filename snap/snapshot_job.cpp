@@ -88,23 +88,32 @@ void SnapshotJob::pause_ended() {
   summary_.pause_ms = ms_since(pause_start_);
   guard_->resumed();
   VMSNAP_TEST_POINT("pause.resumed");
+  if (armed_) start_copying();
+}
+
+void SnapshotJob::start_copying() {
+  if (std::exchange(copying_, true)) return;
+  copy_start_ = Clock::now();
+  capture_->start();
 }
 
 Status SnapshotJob::arm() {
   instant_unix_ms_ = std::chrono::duration_cast<std::chrono::milliseconds>(
                          std::chrono::system_clock::now().time_since_epoch())
                          .count();
-  return capture_->arm();
+  VMSNAP_CHECK(capture_->arm());
+  armed_ = true;
+  return {};
 }
 
 Result<SnapshotSummary> SnapshotJob::finish(nlohmann::json source,
                                             std::span<const std::byte> device_state) {
-  const auto copy_start = Clock::now();
+  start_copying();
   VMSNAP_CHECK(capture_->finish([this]() -> Status {
     progress_(SnapshotPhase::copying, &capture_->counters());
     return check_interrupted();
   }));
-  summary_.copy_ms = ms_since(copy_start);
+  summary_.copy_ms = ms_since(copy_start_);
   ksm_.reset();
   // What came while we copied: a device that was plugged in, a child.
   VMSNAP_CHECK(check_not_pinned(process_));

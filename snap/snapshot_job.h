@@ -55,10 +55,12 @@ class SnapshotJob {
 
  private:
   Status attach(Qmp* qmp);
+  void start_copying();
 
   const SnapshotOptions& options_;
   const SnapshotProgress& progress_;
-  std::chrono::steady_clock::time_point start_, pause_start_;
+  std::chrono::steady_clock::time_point start_, pause_start_, copy_start_;
+  bool armed_ = false, copying_ = false;
   SnapshotSummary summary_;
   std::string id_;
   int64_t instant_unix_ms_ = 0;

@@ -40,6 +40,7 @@ class ArmedCapture {
   }
 
   Status finish() {
+    capture_->start();
     return capture_->finish([] { return Status(); });
   }
   const CaptureCounters& counters() const { return capture_->counters(); }

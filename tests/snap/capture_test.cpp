@@ -86,11 +86,10 @@ class CaptureTest : public ::testing::TestWithParam<Kind> {
     ASSERT_TRUE(condition());
   }
 
-  void begin(CaptureOptions options = {}, ImageWriterOptions image = {}) {
+  void begin(CaptureOptions options = {.staging_bytes = 16 << 20}, ImageWriterOptions image = {}) {
     writer_ = *ImageWriter::create(file_.get(), "image", pages, std::move(image));
     auto handed = bring_out_uffd(*process_, nullptr, capture_features(memory_), KeepInVmm::no);
     ASSERT_TRUE(handed) << handed.error().message();
-    options.staging_bytes = 16 << 20;
     capture_ = *Capture::create(*process_, memory_, std::move(handed->uffd), *writer_, options);
     const Status begun = capture_->begin([] { return Status(); });
     ASSERT_TRUE(begun) << begun.error().message();
@@ -100,6 +99,11 @@ class CaptureTest : public ::testing::TestWithParam<Kind> {
     const ThreadStop stopped = *ThreadStop::stop(*process_);
     const Status armed = capture_->arm();
     ASSERT_TRUE(armed) << armed.error().message();
+  }
+
+  Status copied() {
+    capture_->start();
+    return capture_->finish([] { return Status(); });
   }
 
   // Returns when the page has been written to.
@@ -161,7 +165,7 @@ TEST_P(CaptureTest, IsOneInstantAtFullWriteSpeed) {
     ASSERT_EQ(::ftruncate(file_.get(), 0), 0);
     begin();
     arm();
-    const Status finished = capture_->finish([] { return Status(); });
+    const Status finished = copied();
     ASSERT_TRUE(finished) << finished.error().message();
     const std::vector<uint64_t> words = read_image();
     int edges = 0;
@@ -178,11 +182,22 @@ TEST_P(CaptureTest, IsOneInstantAtFullWriteSpeed) {
   }
 }
 
+// Between the pause and the waiting for the end there is more to do, with a monitor
+// that may not answer: no writer is to wait for that.
+TEST_P(CaptureTest, CopiesBeforeAnybodyWaitsForTheEnd) {
+  begin({.staging_bytes = 4 << 20});
+  arm();
+  capture_->start();
+  const CaptureCounters& counters = capture_->counters();
+  wait_until([&] { return counters.copied_pages == counters.armed_pages; });
+  ASSERT_TRUE(capture_->finish([] { return Status(); }));
+}
+
 TEST_P(CaptureTest, HolesTouchedAfterTheInstantReadZero) {
   begin();
   arm();
   touch_hole(pages - 1);
-  ASSERT_TRUE(capture_->finish([] { return Status(); }));
+  ASSERT_TRUE(copied());
   EXPECT_EQ(touched_byte(*finished_image(), pages - 1), std::byte{0});
 }
 
@@ -194,7 +209,7 @@ TEST_P(CaptureTest, HolesTouchedBeforeTheInstantAreInTheImage) {
   ASSERT_TRUE(capture_->arm_again());
   touch_hole(pages - 7);
   arm();
-  ASSERT_TRUE(capture_->finish([] { return Status(); }));
+  ASSERT_TRUE(copied());
   EXPECT_GT(capture_->counters().early_writes, 0u);
   const auto image = finished_image();
   for (const uint64_t touched_page : {pages - 1, pages - 7}) {
@@ -211,7 +226,7 @@ TEST_P(CaptureTest, TheTenthLeavesWhatTheFirstFound) {
     ASSERT_EQ(::ftruncate(file_.get(), 0), 0);
     begin();
     arm();
-    ASSERT_TRUE(capture_->finish([] { return Status(); }));
+    ASSERT_TRUE(copied());
     capture_.reset();
     expect_unharmed();
   }
@@ -227,7 +242,7 @@ TEST_P(CaptureTest, AWriteWhileArmingLosesNoPage) {
     begin();
     const Status armed = capture_->arm();
     ASSERT_TRUE(armed) << armed.error().message();
-    const Status finished = capture_->finish([] { return Status(); });
+    const Status finished = copied();
     ASSERT_TRUE(finished) << finished.error().message();
     const std::vector<uint64_t> words = read_image();
     for (uint64_t page = 0; page < touched; ++page) ASSERT_NE(words[page], 0u) << page;
@@ -245,6 +260,7 @@ TEST_P(CaptureTest, GivenUpAtAnyMomentLeavesTheTargetFree) {
   expect_unharmed();
   begin();
   arm();
+  capture_->start();
   const Status finished = capture_->finish([] { return Status(fail(ErrorCode::interrupted, "enough")); });
   if (!finished) {
     EXPECT_EQ(finished.error().code(), ErrorCode::interrupted);
@@ -261,9 +277,10 @@ TEST_P(CaptureTest, AHungOutputKeepsNobodyWaiting) {
     while (hung) std::this_thread::sleep_for(1ms);
     return 0;
   };
-  begin({}, std::move(image));
+  begin({.staging_bytes = 16 << 20}, std::move(image));
   ::kill(victim_->pid(), SIGSTOP);  // before it is armed: it must not have written it all by then
   arm();
+  capture_->start();
   ASSERT_FALSE(capture_->finish([] { return Status(fail(ErrorCode::interrupted, "enough")); }));
   const uint64_t passes = talk_->passes;
   ::kill(victim_->pid(), SIGCONT);
