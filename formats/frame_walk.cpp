@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "formats/damage.h"
+#include "formats/interrupt.h"
 #include "formats/page_codec.h"
 
 namespace vmsnap {
@@ -59,6 +60,7 @@ Result<FrameWalk> walk_frames(const ImageFile& file, const std::function<void(co
   Window window(file, layout::frames_begin);
   uint64_t offset = layout::frames_begin;
   while (offset < mark) {
+    VMSNAP_CHECK(check_interrupted());
     progress(offset);
     const layout::FrameHeader header =
         header_from(VMSNAP_TRY(window.at(offset, sizeof(layout::FrameHeader))));

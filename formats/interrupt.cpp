@@ -20,7 +20,11 @@ void install_interrupt_handlers() {
   action.sa_handler = note_signal;
   // The second time the default action: whoever insists gets his way.
   action.sa_flags = SA_RESETHAND;
-  for (const int number : {SIGINT, SIGTERM, SIGHUP}) ::sigaction(number, &action, nullptr);
+  for (const int number : {SIGINT, SIGTERM}) ::sigaction(number, &action, nullptr);
+  // Ignored by who started us: nohup(1) means it.
+  struct sigaction before = {};
+  const bool known = ::sigaction(SIGHUP, nullptr, &before) == 0;
+  if (!known || before.sa_handler != SIG_IGN) ::sigaction(SIGHUP, &action, nullptr);
 }
 
 bool interrupted() { return signal_seen.load(std::memory_order_relaxed) != 0; }

@@ -1,7 +1,8 @@
 // Ctrl-C and its like, as a question that long work asks itself.
 //
 // install() makes SIGINT, SIGTERM and SIGHUP set a flag instead of ending the
-// process; a second one of them, for a process that hangs, ends it at once.
+// process; the same one a second time, for a process that hangs, ends it at once.
+// SIGHUP stays ignored where it was (nohup(1)). For main alone.
 // interrupted() is cheap and may be asked from any thread.
 #pragma once
 

@@ -11,6 +11,7 @@
 #include "formats/digest.h"
 #include "formats/frame_walk.h"
 #include "formats/image_file.h"
+#include "formats/interrupt.h"
 
 namespace vmsnap {
 
@@ -105,7 +106,7 @@ void Verifier::check_tree() {
 
 void Verifier::check_block(uint32_t level, uint64_t index, layout::Reference reference) {
   const uint64_t first = index * layout::pages_per_block(level);
-  if (first >= report_.page_count) return;
+  if (first >= report_.page_count || interrupted()) return;
   const uint64_t count = std::min(layout::pages_per_block(level), report_.page_count - first);
   show_half(50, first, report_.page_count);
   if (reference.offset == 0) {
@@ -297,7 +298,9 @@ Result<VerifyReport> verify_image(const std::string& path, const VerifyProgress&
     last_entry = entry;
     return {};
   };
-  return Verifier(file, info, read_back, progress).run(/*frames_elsewhere=*/false);
+  VerifyReport report = Verifier(file, info, read_back, progress).run(/*frames_elsewhere=*/false);
+  VMSNAP_CHECK(check_interrupted());  // then it tells of what was not looked at, too
+  return report;
 }
 
 VerifyReport verify_manifest(const ImageFile& file, const ImageInfo& info, const PageCheck& check) {

@@ -47,7 +47,8 @@ using VerifyProgress = std::function<void(int percent)>;
 // Reads the file twice: front to back, so that no byte is left out, then page
 // by page as a restore would. Memory is bounded, whatever the size of the
 // image. One thread; blocks on the disk. An error only if the file cannot be
-// opened as an image or read at all; damage further in is in the report.
+// opened as an image or read at all, and ErrorCode::interrupted; damage further in is
+// in the report.
 Result<VerifyReport> verify_image(const std::string& path, const VerifyProgress& progress = {});
 
 // Whether a page entry, not 0, leads to a page.
@@ -55,7 +56,8 @@ using PageCheck = std::function<Status(uint64_t entry)>;
 
 // The same for a manifest, whose frames are in packs: every byte of it is
 // checked here, and its pages by `check`, which is called once for each page
-// that is not zero, in page order.
+// that is not zero, in page order. An interrupted check (interrupt.h) is worth nothing:
+// the caller asks for that.
 VerifyReport verify_manifest(const ImageFile& file, const ImageInfo& info, const PageCheck& check);
 
 }  // namespace vmsnap

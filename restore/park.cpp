@@ -7,7 +7,6 @@
 #include <optional>
 
 #include "formats/elapsed.h"
-#include "formats/interrupt.h"
 #include "formats/log.h"
 #include "formats/test_point.h"
 #include "formats/text.h"
@@ -213,7 +212,6 @@ Status Parking::run() {
 }  // namespace
 
 Status park_vm(const ParkOptions& options, const TakeParkImage& take_image, CommandContext& context) {
-  install_interrupt_handlers();
   return Parking(options, take_image, context).run();
 }
 

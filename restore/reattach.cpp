@@ -2,7 +2,6 @@
 
 #include <unistd.h>
 
-#include "formats/interrupt.h"
 #include "formats/text.h"
 #include "formats/working_set_file.h"
 #include "restore/launch.h"
@@ -80,7 +79,6 @@ Status resume_vm(const std::string& qmp_socket) {
 }
 
 Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
-  install_interrupt_handlers();
   const auto started = std::chrono::steady_clock::now();
   RunDir dir = VMSNAP_TRY(RunDir::open(options.run_dir));
   RestoreRecord record = VMSNAP_TRY(dir.read());

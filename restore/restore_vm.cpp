@@ -2,7 +2,6 @@
 
 #include <filesystem>
 
-#include "formats/interrupt.h"
 #include "formats/log.h"
 #include "formats/text.h"
 #include "restore/guest_ram.h"
@@ -31,7 +30,6 @@ Status take_memory(ServedVm& vm, Qmp& qmp) {
 }  // namespace
 
 Status restore_vm(const RestoreOptions& options, CommandContext& context) {
-  install_interrupt_handlers();
   const auto started = std::chrono::steady_clock::now();
   VmStart start(options, VMSNAP_TRY(open_image(options.image)), started);
   std::unique_ptr<Serving> serving;

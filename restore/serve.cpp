@@ -215,7 +215,6 @@ class SocketFile {
 }  // namespace
 
 Status serve(const ServeOptions& options, CommandContext& context) {
-  install_interrupt_handlers();
   const auto image = VMSNAP_TRY(open_image(options.image));
   const Fd listener = VMSNAP_TRY(listen_on(options.socket));
   const SocketFile file(options.socket);

@@ -78,7 +78,6 @@ Result<Told> tell_server(const std::string& run_dir, const RestoreRecord& record
 }  // namespace
 
 Status unpark_vm(const UnparkOptions& options, CommandContext& context) {
-  install_interrupt_handlers();
   const auto started = std::chrono::steady_clock::now();
   const std::string run_dir =
       options.run_dir.empty() ? VMSNAP_TRY(find_run_dir(options.qmp)) : options.run_dir;

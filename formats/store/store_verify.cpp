@@ -100,8 +100,8 @@ Result<StoreVerifyReport> StoreVerifier::run() {
   measure_packs();
   VMSNAP_CHECK(check_packs());
   for (const Manifest& manifest : manifests_) {
-    VMSNAP_CHECK(check_interrupted());
     VMSNAP_CHECK(check_manifest(manifest));
+    VMSNAP_CHECK(check_interrupted());  // then it was not looked at whole
   }
   // Only now: a run that is stopped while it checks manifests has not ended.
   if (everything()) state_.began_unix_ms = 0;

@@ -297,13 +297,11 @@ Status CloneStarter::start_all() {
 }  // namespace
 
 Status start_clones(const CloneOptions& options, CommandContext& context) {
-  install_interrupt_handlers();
   return CloneStarter(options, context).run();
 }
 
 Status reattach_farm(const std::string& run_dir, const KeySource& key, bool json,
                      CommandContext& context) {
-  install_interrupt_handlers();
   FarmDir farm = VMSNAP_TRY(FarmDir::open(run_dir));
   Fd lock = VMSNAP_TRY(farm.lock());
   FarmRecord record = VMSNAP_TRY(farm.read());

@@ -156,7 +156,6 @@ void remove_directory(const FarmDir& farm, const std::string& name) {
 }  // namespace
 
 Status run_clones(const ClonesOptions& options, CommandContext& context) {
-  install_interrupt_handlers();
   const FarmDir farm = VMSNAP_TRY(FarmDir::open(options.run_dir));
   if (!options.stop && !options.wait && !options.remove) return list(farm, options, context);
   const std::vector<ListedClone> clones = VMSNAP_TRY(find_clones(farm, options.names));

@@ -16,6 +16,8 @@ def pytest_configure(config):
         del frame
         pytest.exit(f"signal {number}", returncode=3)
     signal.signal(signal.SIGTERM, stop)
+    # Programs of the tests heed it, even under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 // Damaged, foreign and forged files: never a crash, never wrong bytes.
+#include <csignal>
+#include <cstdlib>
 #include <functional>
 #include <string_view>
 
 #include "formats/digest.h"
 #include "formats/image_layout.h"
+#include "formats/interrupt.h"
 #include "formats/page_entry.h"
 #include "formats/verify.h"
 #include "tests/formats/image_forge.h"
@@ -182,6 +185,17 @@ TEST_F(DamageTest, VerifyNamesTheDamagedPages) {
             path_ +
                 " is damaged: 2 of its 702 pages cannot be read back, first the one at offset "
                 "0x0 of region region0");
+}
+
+// In a process of its own, because the signal stays noted.
+TEST_F(DamageTest, VerifyHeedsASignal) {
+  const auto verify_after_a_signal = [&] {
+    install_interrupt_handlers();
+    std::raise(SIGINT);
+    const auto report = verify_image(path_);
+    std::_Exit(!report && report.error().code() == ErrorCode::interrupted ? 0 : 1);
+  };
+  EXPECT_EXIT(verify_after_a_signal(), testing::ExitedWithCode(0), "");
 }
 
 TEST_F(DamageTest, DamagedTreeLosesItsPages) {
