@@ -113,10 +113,12 @@ Status create(const StorePaths& paths, const std::optional<KeyMaterial>& key) {
 
 // Else new snapshots would go in unsealed, beside the sealed ones: who can write
 // to the store, but has no key, could have taken the keys out of its configuration.
-// All are looked at: whoever did that could have put a plain one beside them.
-Status check_not_sealed(const StorePaths& paths) {
+// Whoever did that could have put a plain one beside them: `at_most` one of them
+// tells it of a mishap only.
+Status check_not_sealed(const StorePaths& paths, size_t at_most = SIZE_MAX) {
   for (const std::string& directory : {paths.snapshots(), paths.trash()}) {
     for (const std::string& id : VMSNAP_TRY(manifest_ids(directory))) {
+      if (at_most-- == 0) return {};
       if (!looks_sealed(directory + "/" + id)) continue;
       return tl::unexpected(
           Error(ErrorCode::damaged,
@@ -144,14 +146,18 @@ Result<std::unique_ptr<Store>> Store::open(const StoreOptions& options) {
 }
 
 Result<std::unique_ptr<Store>> Store::open(const StorePaths& paths, std::optional<SecretKey> master) {
-  if (!master) VMSNAP_CHECK(check_not_sealed(paths));
+  if (!master) VMSNAP_CHECK(check_not_sealed(paths, 1));  // no work that grows with the store
   StoreLock use = VMSNAP_TRY(StoreLock::use(paths));
   return std::unique_ptr<Store>(new Store(paths, std::move(use), std::move(master)));
 }
 
 Result<std::unique_ptr<Store>> Store::open_or_create(const StoreOptions& options) {
   const StorePaths paths = {options.directory};
-  if (VMSNAP_TRY(is_store(paths))) return open(options);
+  if (VMSNAP_TRY(is_store(paths))) {
+    auto store = VMSNAP_TRY(open(options));
+    if (!store->master_) VMSNAP_CHECK(check_not_sealed(paths));
+    return store;
+  }
   const std::optional<KeyMaterial> key = VMSNAP_TRY(read_key(options.key));
   VMSNAP_CHECK(create(paths, key));
   const StoreConfig config = VMSNAP_TRY(read_store_config(paths));

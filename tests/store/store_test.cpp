@@ -251,9 +251,9 @@ TEST_F(ASealedStore, NoticesThatItsKeysAreGone) {
   for (const char digit : {'0', '8', 'f'}) {
     write_file(paths.snapshot(std::string(32, digit)), std::as_bytes(std::span(without)));
   }
-  EXPECT_EQ(Store::open(options_).error().code(), ErrorCode::damaged);
+  EXPECT_EQ(Store::open_or_create(options_).error().code(), ErrorCode::damaged);
   std::filesystem::rename(paths.snapshot(id), paths.in_trash(id));
-  EXPECT_EQ(Store::open(options_).error().code(), ErrorCode::damaged);
+  EXPECT_EQ(Store::open_or_create(options_).error().code(), ErrorCode::damaged);
 }
 
 TEST_F(ASealedStore, NoticesAPackThatWasChanged) {
