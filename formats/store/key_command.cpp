@@ -4,7 +4,6 @@
 
 #include <memory>
 #include <ostream>
-#include <type_traits>
 
 #include "formats/key_slots.h"
 #include "formats/key_source.h"
@@ -39,17 +38,19 @@ Result<std::string> add_slot(StoreConfig& config, const SecretKey& master,
 }
 
 // Whatever the file has in its place: it may have been changed by hand.
-template <class T>
-T value_of(const nlohmann::json& slot, const char* key, T otherwise) {
+std::string text_of(const nlohmann::json& slot, const char* key) {
   const auto found = slot.is_object() ? slot.find(key) : slot.end();
-  const bool fits = found != slot.end() &&
-                    (std::is_same_v<T, int64_t> ? found->is_number_integer() : found->is_string());
-  return fits ? found->template get<T>() : otherwise;
+  return found != slot.end() && found->is_string() ? found->get<std::string>() : std::string();
+}
+
+std::string date_of(const nlohmann::json& slot) {
+  const auto found = slot.is_object() ? slot.find("created_unix_ms") : slot.end();
+  return found != slot.end() && found->is_number_integer() ? utc_text(found->get<int64_t>()) : std::string();
 }
 
 Result<std::string> remove_slot(StoreConfig& config, const std::string& id) {
   for (size_t i = 0; i < config.slots.size(); ++i) {
-    if (value_of<std::string>(config.slots[i], "id", {}) != id) continue;
+    if (text_of(config.slots[i], "id") != id) continue;
     if (config.slots.size() == 1) {
       return fail(ErrorCode::refused, "key {} is the only one: nothing could open the store", id);
     }
@@ -72,9 +73,8 @@ Status run_key(CommandContext& context, const KeyOptions& options) {
   const bool adds = !options.new_key_file.empty() || !options.new_passphrase_file.empty();
   if (!adds && options.remove.empty()) {
     for (const auto& slot : config.slots) {
-      context.out << fmt::format("{}  {:10}  {}\n", value_of<std::string>(slot, "id", {}),
-                                 value_of<std::string>(slot, "kind", {}),
-                                 utc_text(value_of<int64_t>(slot, "created_unix_ms", 0)));
+      context.out << fmt::format("{}  {:10}  {}\n", text_of(slot, "id"), text_of(slot, "kind"),
+                                 date_of(slot));
     }
     return {};
   }

@@ -145,12 +145,12 @@ Status set_registers(const Process& process, pid_t tid, const user_regs_struct& 
   return {};
 }
 
-user_regs_struct with_call_repeated(const Process& process, pid_t tid, user_regs_struct registers) {
-  if (!in_system_call(registers) || static_cast<int64_t>(registers.rax) != -EINTR) return registers;
-  if (!returns_eintr_after_stop(registers.orig_rax) || has_pending_signal(process, tid)) return registers;
+bool repeat_call_cut_short(const Process& process, pid_t tid, user_regs_struct& registers) {
+  if (!in_system_call(registers) || static_cast<int64_t>(registers.rax) != -EINTR) return false;
+  if (!returns_eintr_after_stop(registers.orig_rax) || has_pending_signal(process, tid)) return false;
   registers.rax = registers.orig_rax;
   registers.rip -= 2;  // the length of a syscall instruction
-  return registers;
+  return true;
 }
 
 }  // namespace vmsnap

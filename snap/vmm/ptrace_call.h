@@ -37,8 +37,9 @@ Status set_registers(const Process& process, pid_t tid, const user_regs_struct& 
 
 // A thread whose waiting call our stop cut short shall not notice: with these registers
 // it makes the call again, unless a signal waits for it. The call's time limit, if it
-// had one, starts anew. For calls that end with EINTR after a stop, see signal(7).
-user_regs_struct with_call_repeated(const Process& process, pid_t tid, user_regs_struct registers);
+// had one, starts anew. False: they are as they were. For calls that end with EINTR
+// after a stop, see signal(7).
+bool repeat_call_cut_short(const Process& process, pid_t tid, user_regs_struct& registers);
 
 // Whether the thread was stopped inside a system call.
 inline bool in_system_call(const user_regs_struct& registers) {

@@ -16,16 +16,31 @@ namespace vmsnap {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr std::chrono::milliseconds connect_slice{200};
-constexpr const char* one_client_at_a_time =
-    "Another program may hold this monitor (libvirt does): give the VM a second -qmp socket.";
 using Json = nlohmann::json;
 
 constexpr size_t max_reply = 16 << 20;
+constexpr const char* one_client_at_a_time =
+    "Another program may hold this monitor (libvirt does): give the VM a second -qmp socket.";
 
 tl::unexpected<Error> bad(const std::string& path, std::string what, std::string remedy) {
   return tl::unexpected(Error(ErrorCode::vm, fmt::format("QMP socket {}: {}", path, what))
                             .with_remedy(std::move(remedy)));
+}
+
+Result<Fd> connect_to_monitor(const std::string& path, std::chrono::milliseconds limit,
+                              Qmp::Signals signals) {
+  Result<Fd> connected = connect_to_socket(path, SOCK_STREAM, limit, [&]() -> Status {
+    return signals == Qmp::Signals::heed ? check_interrupted() : Status();
+  });
+  if (connected || connected.error().os_errno() == 0) return connected;
+  const int why = connected.error().os_errno();
+  const auto error = [&](ErrorCode code, const char* remedy) {
+    const std::string what = fmt::format("cannot connect to QMP socket {}", path);
+    return tl::unexpected(Error::from_errno(why, what, code).with_remedy(remedy));
+  };
+  if (why == EACCES || why == EPERM) return error(ErrorCode::privilege, "Run vmsnap as root.");
+  if (why == EAGAIN) return error(ErrorCode::vm, one_client_at_a_time);  // others wait for it, too
+  return error(ErrorCode::vm, "Start the VM with -qmp unix:PATH,server=on,wait=off and give that PATH.");
 }
 
 // True when readable before the deadline.
@@ -66,31 +81,7 @@ Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::millisecon
   qmp.signals_ = signals;
   qmp.path_ = socket_path;
   qmp.limit_ = limit;
-  const auto deadline = Clock::now() + limit;
-  Result<Fd> connected = connect_to_socket(socket_path, SOCK_STREAM, connect_slice);
-  while (!connected && connected.error().os_errno() == EAGAIN && Clock::now() < deadline) {
-    if (signals == Signals::heed) VMSNAP_CHECK(check_interrupted());
-    connected = connect_to_socket(socket_path, SOCK_STREAM, connect_slice);
-  }
-  if (!connected && connected.error().os_errno() == EAGAIN) {
-    return tl::unexpected(
-        Error(ErrorCode::vm, fmt::format("cannot connect to QMP socket {}: others wait for it already",
-                                         socket_path))
-            .with_remedy(one_client_at_a_time));
-  }
-  if (!connected && connected.error().code() == ErrorCode::usage) {
-    return tl::unexpected(std::move(connected).error());
-  }
-  if (!connected) {
-    const int why = connected.error().os_errno();
-    const bool forbidden = why == EACCES || why == EPERM;
-    return tl::unexpected(
-        Error::from_errno(why, fmt::format("cannot connect to QMP socket {}", socket_path),
-                          forbidden ? ErrorCode::privilege : ErrorCode::vm)
-            .with_remedy(forbidden ? "Run vmsnap as root."
-                                   : "Start the VM with -qmp unix:PATH,server=on,wait=off and give that PATH."));
-  }
-  qmp.fd_ = *std::move(connected);
+  qmp.fd_ = VMSNAP_TRY(connect_to_monitor(socket_path, limit, signals));
   // A monitor talks to one client at a time; the greeting of a second one
   // waits until the first has gone.
   auto greeting = qmp.read_message(Clock::now() + limit);
@@ -98,8 +89,7 @@ Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::millisecon
     return tl::unexpected(std::move(greeting).error());
   }
   if (!greeting) {
-    return tl::unexpected(std::move(greeting).error().with_remedy(
-        one_client_at_a_time));
+    return tl::unexpected(std::move(greeting).error().with_remedy(one_client_at_a_time));
   }
   if (!greeting->contains("QMP")) {
     return bad(socket_path, "the other end does not speak QMP",

@@ -122,7 +122,8 @@ RemoteThread::~RemoteThread() {
     if (!scratch_saved_.empty()) (void)process_->write(scratch_, scratch_saved_);
     // First, because it says whether a signal waits for the thread.
     trace(PTRACE_SETSIGMASK, tid_, sizeof saved_mask_, &saved_mask_);
-    (void)set_registers(*process_, tid_, with_call_repeated(*process_, tid_, saved_));
+    (void)repeat_call_cut_short(*process_, tid_, saved_);
+    (void)set_registers(*process_, tid_, saved_);
   }
   trace(PTRACE_DETACH, tid_, 0, uint64_t{0});
 }

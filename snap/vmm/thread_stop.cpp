@@ -3,7 +3,6 @@
 #include <sys/ptrace.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <set>
 
 #include "snap/vmm/ptrace_call.h"
@@ -35,8 +34,9 @@ Result<ThreadStop> ThreadStop::stop(const Process& process) {
 
 void ThreadStop::resume() {
   for (const pid_t tid : tids_) {
-    if (const auto stopped_at = get_registers(*process_, tid)) {
-      (void)set_registers(*process_, tid, with_call_repeated(*process_, tid, *stopped_at));
+    auto registers = get_registers(*process_, tid);
+    if (registers && repeat_call_cut_short(*process_, tid, *registers)) {
+      (void)set_registers(*process_, tid, *registers);
     }
     trace(PTRACE_DETACH, tid, 0, uint64_t{0});
   }

@@ -36,7 +36,8 @@ Result<sockaddr_un> socket_address(const std::string& path) {
   return address;
 }
 
-Result<Fd> connect_to_socket(const std::string& path, int type, std::chrono::milliseconds limit) {
+Result<Fd> connect_to_socket(const std::string& path, int type, std::chrono::milliseconds limit,
+                             const std::function<Status()>& go_on) {
   const sockaddr_un address = VMSNAP_TRY(socket_address(path));
   Fd socket = VMSNAP_TRY(new_socket(type | SOCK_NONBLOCK));
   const auto deadline = std::chrono::steady_clock::now() + limit;
@@ -46,6 +47,7 @@ Result<Fd> connect_to_socket(const std::string& path, int type, std::chrono::mil
     if ((why != EAGAIN && why != EINTR) || std::chrono::steady_clock::now() >= deadline) {
       return fail_errno(why, "cannot connect to {}", path);
     }
+    VMSNAP_CHECK(go_on());
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
   const int flags = ::fcntl(socket.get(), F_GETFL);
