@@ -285,9 +285,10 @@ Status Pruner::delete_working_sets() {
 // What fails here must not keep the space of what is dead: one pack that cannot
 // be read would do so for ever.
 Status Pruner::repack_sparse_packs(const RepackOptions& repacking) {
-  const Status repacked = repack(store_, repacking, report_.repacked);
+  const Status repacked =
+      repack(store_, repacking, report_.repacked, [this] { return free_dead_packs(); });
   if (!repacked && repacked.error().code() == ErrorCode::interrupted) return repacked;
-  if (!repacked || report_.repacked.packs != 0) VMSNAP_CHECK(free_dead_packs());
+  if (!repacked) VMSNAP_CHECK(free_dead_packs());  // of what was done before
   if (repacked || repacked.error().code() != ErrorCode::no_space) return repacked;
   log_warning("not repacked, which needs some space: {}; make room, or leave it out with "
               "--repack-below 0",
@@ -307,7 +308,7 @@ Result<PruneReport> Pruner::run() {
     for (const PruneReport::Decision& d : report_.decisions) {
       if (!d.decision.keep) repacking.leaving.insert(d.snapshot.id);
     }
-    VMSNAP_CHECK(repack(store_, repacking, report_.repacked));
+    VMSNAP_CHECK(repack(store_, repacking, report_.repacked, [] { return Status(); }));
     return std::move(report_);
   }
   remove_abandoned(paths_.temporary());

@@ -29,7 +29,7 @@ namespace {
 // The snapshots of one domain, which share no pack with those of others.
 class DomainRepack {
  public:
-  DomainRepack(const Store& store, std::string domain, std::map<layout::ImageId, SparsePack> packs,
+  DomainRepack(const Store& store, std::string domain, SparsePacks packs,
                uint64_t pack_bytes)
       : store_(store),
         domain_(std::move(domain)),
@@ -61,7 +61,7 @@ class DomainRepack {
 
   const Store& store_;
   const std::string domain_;
-  std::map<layout::ImageId, SparsePack> old_;
+  SparsePacks old_;
   const ImageWriterOptions options_;  // what the new packs are like
   PackSet new_;
   PackSink sink_;
@@ -81,7 +81,7 @@ class DomainRepack {
 void count(const SparsePack& pack, RepackReport& report) {
   ++report.packs;
   report.bytes += pack.bytes;
-  report.needed_bytes += pack.frames ? pack.bytes * pack.needed.size() / pack.frames : 0;
+  report.needed_bytes += pack.frames ? pack.bytes * pack.needed / pack.frames : 0;
 }
 
 // An entry without the number of its pack.
@@ -274,18 +274,24 @@ Status DomainRepack::run(RepackReport& report) {
 
 }  // namespace
 
-Status repack(const Store& store, const RepackOptions& options, RepackReport& report) {
-  std::map<std::string, std::map<layout::ImageId, SparsePack>> domains;
-  for (auto& [id, pack] : VMSNAP_TRY(find_sparse_packs(store, options))) {
-    if (options.dry_run) count(pack, report);
-    domains[pack.domain].emplace(id, std::move(pack));
-  }
-  if (options.dry_run) return {};
+Status repack(const Store& store, const RepackOptions& options, RepackReport& report,
+              const std::function<Status()>& free_dead_packs) {
+  SparsePackFinder finder = VMSNAP_TRY(SparsePackFinder::create(store, options));
   const MoreDescriptors one_for_each_manifest;
-  for (auto& [domain, packs] : domains) {
-    VMSNAP_CHECK(DomainRepack(store, domain, std::move(packs), options.pack_bytes).run(report));
+  for (;;) {
+    SparsePacks batch = VMSNAP_TRY(finder.next());
+    if (batch.empty()) return {};
+    std::map<std::string, SparsePacks> domains;
+    for (auto& [id, pack] : batch) {
+      if (options.dry_run) count(pack, report);
+      domains[pack.domain].emplace(id, std::move(pack));
+    }
+    if (options.dry_run) continue;
+    for (auto& [domain, packs] : domains) {
+      VMSNAP_CHECK(DomainRepack(store, domain, std::move(packs), options.pack_bytes).run(report));
+    }
+    VMSNAP_CHECK(free_dead_packs());
   }
-  return {};
 }
 
 }  // namespace vmsnap

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <set>
 #include <string>
 
@@ -26,7 +27,9 @@ struct RepackOptions {
   // Snapshots that are about to go; packs that they need are left alone, as
   // those are that a snapshot in the trash, or one that is being restored, needs.
   std::set<std::string> leaving;
-  uint64_t max_packs = 256;     // at a time: bounds memory, 16 bytes a frame that is moved
+  // Of packs at a time: bounds memory, some 60 bytes a page that is moved, and the space
+  // that is needed until the old ones are gone.
+  uint64_t batch_bytes = uint64_t{2} << 30;
   uint64_t pack_bytes = 64 << 20;  // of new packs
 };
 
@@ -37,10 +40,11 @@ struct RepackReport {
   uint64_t manifests = 0;     // written anew
 };
 
-// The caller holds StoreLock::maintain. Blocks on the disk; ends with
+// `free_dead_packs` is called after each batch. The caller holds StoreLock::maintain. Blocks on the disk; ends with
 // ErrorCode::interrupted if a signal asks so. A pack that cannot be read stays
 // as it is, with a warning if that is found only now. After an error `report`
 // has what was done before it; what was not is as it was.
-Status repack(const Store& store, const RepackOptions& options, RepackReport& report);
+Status repack(const Store& store, const RepackOptions& options, RepackReport& report,
+              const std::function<Status()>& free_dead_packs);
 
 }  // namespace vmsnap

@@ -1,6 +1,7 @@
 #include "formats/store/sparse_packs.h"
 
 #include <algorithm>
+#include <cerrno>
 
 #include "formats/interrupt.h"
 #include "formats/page_entry.h"
@@ -9,34 +10,7 @@
 
 namespace vmsnap {
 
-namespace {
-
-using SparsePacks = std::map<layout::ImageId, SparsePack>;
-
-class Finder {
- public:
-  Finder(const Store& store, const RepackOptions& options) : store_(store), options_(options) {}
-
-  Result<SparsePacks> run();
-
- private:
-  Status read_manifests(const std::string& directory, bool to_stay);
-  Status look_at(const layout::ImageId& id, SparsePack& pack) const;
-  void drop_what_cannot_be();
-  Status count(const std::string& path);
-  bool is_sparse(uint64_t needed, uint64_t frames) const {
-    return static_cast<double>(needed) < options_.below * static_cast<double>(frames);
-  }
-
-  const Store& store_;
-  const RepackOptions& options_;
-  SparsePacks packs_;
-  std::map<layout::ImageId, uint64_t> most_;  // page entries of one snapshot that refer to it
-  std::set<layout::ImageId> fixed_;           // needed by what must not be written anew
-  std::vector<std::string> manifests_;        // paths of those that stay
-};
-
-Status Finder::read_manifests(const std::string& directory, bool to_stay) {
+Status SparsePackFinder::read_manifests(const std::string& directory, bool to_stay) {
   for (const std::string& id : VMSNAP_TRY(manifest_ids(directory))) {
     const std::string path = directory + "/" + id;
     const auto manifest = store_.open_manifest(path);
@@ -51,7 +25,7 @@ Status Finder::read_manifests(const std::string& directory, bool to_stay) {
         fixed_.insert(row.id);
         continue;
       }
-      SparsePack& pack = packs_[row.id];
+      SparsePack& pack = candidates_[row.id];
       pack.row = row;
       pack.domain = info.domain;
       most_[row.id] = std::max(most_[row.id], row.referenced);
@@ -61,7 +35,7 @@ Status Finder::read_manifests(const std::string& directory, bool to_stay) {
   return {};
 }
 
-Status Finder::look_at(const layout::ImageId& id, SparsePack& pack) const {
+Status SparsePackFinder::look_at(const layout::ImageId& id, SparsePack& pack) const {
   const auto file =
       VMSNAP_TRY(PackFile::open(store_.paths().pack(id), id, store_.master()));
   pack.frames = VMSNAP_TRY(file->trailer()).frame_count;
@@ -73,57 +47,78 @@ Status Finder::look_at(const layout::ImageId& id, SparsePack& pack) const {
 // One snapshot alone may need enough of it. And only a whole pack under its own
 // name can be moved: not one in quarantine, nor one that is missing or damaged,
 // of which verify tells.
-void Finder::drop_what_cannot_be() {
-  for (auto pack = packs_.begin(); pack != packs_.end();) {
-    bool keep = !fixed_.contains(pack->first);
-    if (keep) {
-      keep = look_at(pack->first, pack->second) &&
-             is_sparse(most_[pack->first], pack->second.frames);
-    }
-    pack = keep ? std::next(pack) : packs_.erase(pack);
+void SparsePackFinder::drop_what_cannot_be() {
+  for (auto at = candidates_.begin(); at != candidates_.end();) {
+    auto& [id, pack] = *at;
+    const bool may_be =
+        !fixed_.contains(id) && look_at(id, pack) && is_sparse(most_[id], pack.frames);
+    at = may_be ? std::next(at) : candidates_.erase(at);
   }
 }
 
-Status Finder::count(const std::string& path) {
-  const ImageFile manifest = VMSNAP_TRY(store_.open_manifest(path));
-  std::vector<SparsePack*> by_number = {nullptr};
+Result<SparsePackFinder> SparsePackFinder::create(const Store& store, const RepackOptions& options) {
+  SparsePackFinder finder(store, options);
+  if (options.below <= 0) return finder;
+  VMSNAP_CHECK(finder.read_manifests(store.paths().snapshots(), true));
+  VMSNAP_CHECK(finder.read_manifests(store.paths().trash(), false));
+  finder.drop_what_cannot_be();
+  return finder;
+}
+
+SparsePacks SparsePackFinder::next_candidates() {
+  SparsePacks next;
+  for (uint64_t bytes = 0; !candidates_.empty() && bytes < options_.batch_bytes;) {
+    const auto taken = next.insert(candidates_.extract(candidates_.begin()));
+    bytes += taken.position->second.bytes;
+  }
+  return next;
+}
+
+// `seen`: for each pack a bit for each place where a frame may begin.
+Status SparsePackFinder::count(const std::string& path, SparsePacks& packs,
+                               std::map<layout::ImageId, std::vector<bool>>& seen) const {
+  const auto manifest = store_.open_manifest(path);
+  if (!manifest && manifest.error().os_errno() == ENOENT) return {};  // removed meanwhile
+  if (!manifest) return tl::unexpected(manifest.error());
+  struct Counted {
+    SparsePack* pack = nullptr;
+    std::vector<bool>* seen = nullptr;
+  };
+  std::vector<Counted> by_number = {{}};
   bool any = false;
-  for (const layout::PackRow& row : VMSNAP_TRY(manifest.read_packs())) {
-    const auto found = packs_.find(row.id);
-    by_number.push_back(found == packs_.end() ? nullptr : &found->second);
-    any = any || found != packs_.end();
+  for (const layout::PackRow& row : VMSNAP_TRY(manifest->read_packs())) {
+    const auto found = packs.find(row.id);
+    by_number.push_back(found == packs.end() ? Counted() : Counted{&found->second, &seen[row.id]});
+    any = any || found != packs.end();
   }
   if (!any) return {};
-  return visit_entries(manifest, [&](uint64_t, uint64_t bits) -> Status {
+  return visit_entries(*manifest, [&](uint64_t, uint64_t bits) -> Status {
     const PageEntry entry = PageEntry::from_bits(bits);
-    if (entry.pack < by_number.size() && by_number[entry.pack]) {
-      by_number[entry.pack]->needed.insert(entry.offset);
-    }
+    if (entry.pack >= by_number.size() || !by_number[entry.pack].pack) return {};
+    const auto [pack, places] = by_number[entry.pack];
+    const uint64_t place = entry.offset / layout::frame_alignment;
+    if (place >= places->size() || (*places)[place]) return {};
+    (*places)[place] = true;
+    ++pack->needed;
     return {};
   });
 }
 
-Result<SparsePacks> Finder::run() {
-  if (options_.below <= 0) return std::move(packs_);
-  VMSNAP_CHECK(read_manifests(store_.paths().snapshots(), true));
-  VMSNAP_CHECK(read_manifests(store_.paths().trash(), false));
-  drop_what_cannot_be();
-  while (packs_.size() > options_.max_packs) packs_.erase(std::prev(packs_.end()));
-  for (const std::string& path : manifests_) {
-    VMSNAP_CHECK(count(path));
-    VMSNAP_CHECK(check_interrupted());
+Result<SparsePacks> SparsePackFinder::next() {
+  while (!candidates_.empty()) {
+    SparsePacks packs = next_candidates();
+    std::map<layout::ImageId, std::vector<bool>> seen;
+    for (const auto& [id, pack] : packs) seen[id].resize(pack.bytes / layout::frame_alignment);
+    for (const std::string& path : manifests_) {
+      VMSNAP_CHECK(count(path, packs, seen));
+      VMSNAP_CHECK(check_interrupted());
+    }
+    std::erase_if(packs, [&](const auto& pack) {
+      return !is_sparse(pack.second.needed, pack.second.frames);
+    });
+    if (!packs.empty()) return packs;
   }
-  std::erase_if(packs_, [&](const auto& pack) {
-    return !is_sparse(pack.second.needed.size(), pack.second.frames);
-  });
-  return std::move(packs_);
-}
-
-}  // namespace
-
-Result<std::map<layout::ImageId, SparsePack>> find_sparse_packs(const Store& store,
-                                                                const RepackOptions& options) {
-  return Finder(store, options).run();
+  return SparsePacks();
 }
 
 }  // namespace vmsnap

@@ -272,6 +272,31 @@ TEST_P(Repacking, IsSaidAndDoneOnce) {
   EXPECT_EQ(run(options).repacked.packs, 0u);
 }
 
+// Also where not all fits into one batch: the rest has its turn in the same prune.
+TEST_P(Repacking, TakesOneBatchAfterAnother) {
+  two_packs_and_a_dead_one();
+  const auto store = open();
+  const auto in_trash = manifest_ids(store->paths().trash());
+  for (const std::string& id : *in_trash) {
+    std::filesystem::remove(store->paths().in_trash(id));
+  }
+  RepackOptions options;
+  options.batch_bytes = 1;
+  RepackReport report;
+  int batches = 0;
+  {
+    const StoreLock lock = StoreLock::maintain(store->paths(), {}).value();
+    const Status repacked = repack(*store, options, report, [&] {
+      ++batches;
+      return Status();
+    });
+    ASSERT_TRUE(repacked) << repacked.error().message();
+  }
+  EXPECT_EQ(report.packs, 2u);
+  EXPECT_EQ(batches, 2);
+  expect_pages(*store, ids_[0], second_);
+}
+
 TEST_P(Repacking, LeavesAloneWhatItIsToldTo) {
   two_nights();
   PruneOptions never;
