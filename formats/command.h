@@ -5,11 +5,14 @@
 // to the streams given here, so that tests run them in-process.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <functional>
 #include <iosfwd>
 
 #include "formats/error.h"
+
+namespace CLI {
+class App;
+}
 
 namespace vmsnap {
 

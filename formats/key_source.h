@@ -2,13 +2,16 @@
 // environment. Never from the command line itself, which everybody can read.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "formats/error.h"
 #include "formats/key_slots.h"
+
+namespace CLI {
+class App;
+}
 
 namespace vmsnap {
 

@@ -1,5 +1,6 @@
 #include "restore/park_commands.h"
 
+#include <CLI/CLI.hpp>
 #include <memory>
 
 #include "formats/metadata.h"

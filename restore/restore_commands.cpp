@@ -1,5 +1,6 @@
 #include "restore/restore_commands.h"
 
+#include <CLI/CLI.hpp>
 #include <memory>
 
 #include "formats/size.h"

@@ -1,5 +1,6 @@
 #include "snap/backup.h"
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <memory>
 #include <ostream>

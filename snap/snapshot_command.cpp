@@ -1,5 +1,6 @@
 #include "snap/snapshot_command.h"
 
+#include <CLI/CLI.hpp>
 #include <charconv>
 #include <memory>
 #include <ostream>

@@ -1,5 +1,6 @@
 #include "formats/store/image_argument.h"
 
+#include <CLI/CLI.hpp>
 #include <filesystem>
 
 #include "formats/duration.h"

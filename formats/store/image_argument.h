@@ -1,7 +1,6 @@
 // How a command is told which image: a file, or a snapshot in a store.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <chrono>
 #include <memory>
 #include <string>
@@ -11,6 +10,11 @@
 #include "formats/image_reader.h"
 #include "formats/key_source.h"
 #include "formats/store/store.h"
+
+namespace CLI {
+class App;
+class Option;
+}
 
 namespace vmsnap {
 

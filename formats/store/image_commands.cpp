@@ -1,4 +1,5 @@
 // The commands about image files: show, verify, export.
+#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 #include <unistd.h>
 

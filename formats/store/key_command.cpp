@@ -1,5 +1,6 @@
 #include "formats/store/key_command.h"
 
+#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
 #include <memory>

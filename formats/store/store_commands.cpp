@@ -1,4 +1,5 @@
 // The commands about what is in a store: list, import, rm, undelete, diff.
+#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <unistd.h>

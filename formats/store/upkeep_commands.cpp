@@ -1,4 +1,5 @@
 // The commands that keep a store in order: prune and repair.
+#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 

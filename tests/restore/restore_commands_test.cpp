@@ -1,6 +1,7 @@
 // The commands as main runs them, in-process, as far as no VM is needed.
 #include "restore/restore_commands.h"
 
+#include <CLI/CLI.hpp>
 #include <sstream>
 #include <thread>
 

@@ -1,6 +1,7 @@
 // show, verify and export, as main would run them.
 #include <sys/stat.h>
 
+#include <CLI/CLI.hpp>
 #include <sstream>
 
 #include "formats/command.h"
