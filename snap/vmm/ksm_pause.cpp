@@ -38,27 +38,27 @@ bool recorded(int fd) {
 Result<KsmPause> KsmPause::begin() {
   KsmPause pause;
   Fd fd = VMSNAP_TRY(open_file(record_path, O_RDWR | O_CREAT));
-  // Alone for the moment of the change; whoever holds it shared keeps us
-  // waiting only if nothing needs to be changed.
-  if (lock(fd.get(), F_WRLCK, false)) {
-    const std::string running = VMSNAP_TRY(read_small_file(switch_path));
-    if (running.starts_with("1")) {
-      VMSNAP_CHECK(write_all_at(fd.get(), std::as_bytes(std::span("1", 1)), 0, record_path));
-      VMSNAP_CHECK(set_running(false));
-    }
-  }
   if (!lock(fd.get(), F_RDLCK, true)) return fail_errno(errno, "cannot lock {}", record_path);
+  // Nobody puts it back while we have the lock. Others may be here, and have found it
+  // standing still; it may have been started since.
+  const std::string running = VMSNAP_TRY(read_small_file(switch_path));
+  if (running.starts_with("1")) {
+    VMSNAP_CHECK(write_all_at(fd.get(), std::as_bytes(std::span("1", 1)), 0, record_path));
+    VMSNAP_CHECK(set_running(false));
+  }
   pause.lock_ = std::move(fd);
   return pause;
 }
 
 void KsmPause::end() {
   if (!lock_) return;
+  // First given up: of two who leave at once, each would keep the other from having it
+  // alone. Not by closing it: the guard has it open, too.
+  lock(lock_.get(), F_UNLCK, false);
   if (lock(lock_.get(), F_WRLCK, false) && recorded(lock_.get())) {
     (void)set_running(true);
     (void)write_all_at(lock_.get(), std::as_bytes(std::span("0", 1)), 0, record_path);
   }
-  // Not by closing it: the guard has it open, too.
   lock(lock_.get(), F_UNLCK, false);
   lock_.reset();
 }

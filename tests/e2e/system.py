@@ -11,6 +11,7 @@ import sys
 import harness
 
 KSM = pathlib.Path("/sys/kernel/mm/ksm")
+KSM_SWITCH = KSM / "run"
 HUGE_PAGES = pathlib.Path("/proc/sys/vm/nr_hugepages")
 
 
@@ -64,14 +65,14 @@ def add_huge_pages(world, mib):
 
 def run_ksm(world):
     """Runs ksmd, fast, for the time of the test."""
-    harness.need((KSM / "run").exists(), "ksm", "the kernel has no KSM")
+    harness.need(KSM_SWITCH.exists(), "ksm", "the kernel has no KSM")
     for name, value in (("pages_to_scan", "20000"), ("sleep_millisecs", "10"), ("run", "1")):
         file = KSM / name
         before = file.read_text().strip()
         world.at_end(lambda file=file, before=before: file.write_text(before))
         file.write_text(value)
     # 2 takes all merged pages apart again, before the old values come back.
-    world.at_end(lambda: (KSM / "run").write_text("2"))
+    world.at_end(lambda: KSM_SWITCH.write_text("2"))
 
 
 def merged_pages():
