@@ -6,6 +6,7 @@
 
 #include "formats/damage.h"
 #include "formats/image_layout.h"
+#include "formats/json.h"
 #include "formats/text.h"
 
 namespace vmsnap {
@@ -31,9 +32,7 @@ bool proper_tag(const std::string& text) {
 
 // As encode_metadata() writes it: what is not UTF-8 becomes longer.
 std::string as_written(const std::string& text) {
-  const std::string json =
-      nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
-  return nlohmann::json::parse(json).get<std::string>();
+  return parse_json(json_line(nlohmann::json(text))).get<std::string>();
 }
 
 // Why `info` breaks a rule, or an empty string. Numbers regions' first pages.
@@ -140,27 +139,6 @@ std::string read_document(nlohmann::json& document, ImageInfo& info) {
 
 }  // namespace
 
-// The parser keeps its own stack, but values are copied, compared and written
-// recursively.
-bool nested_too_deep(std::string_view json) {
-  size_t depth = 0;
-  bool in_string = false;
-  for (size_t i = 0; i < json.size(); ++i) {
-    const char c = json[i];
-    if (in_string) {
-      if (c == '\\') ++i;
-      if (c == '"') in_string = false;
-    } else if (c == '"') {
-      in_string = true;
-    } else if (c == '[' || c == '{') {
-      if (++depth > max_metadata_nesting) return true;
-    } else if ((c == ']' || c == '}') && depth > 0) {
-      --depth;
-    }
-  }
-  return false;
-}
-
 Status check_tags(const std::vector<std::string>& tags, const std::string& domain) {
   const auto wrong = [](std::string message, const char* remedy) {
     return tl::unexpected(Error(ErrorCode::usage, std::move(message)).with_remedy(remedy));
@@ -197,7 +175,7 @@ Result<std::string> encode_metadata(const ImageInfo& info, uint64_t page_count,
   if (!info.tags.empty()) document["tags"] = info.tags;
   if (!info.domain.empty()) document["domain"] = info.domain;
   if (info.added_bytes != 0) document["added_bytes"] = info.added_bytes;
-  std::string json = document.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+  std::string json = json_line(document);
   const auto read_back = decode_metadata(std::as_bytes(std::span(json)), page_count, name);
   if (!read_back) {
     return fail(ErrorCode::io, "cannot write an image that could not be read: {}",
@@ -209,11 +187,9 @@ Result<std::string> encode_metadata(const ImageInfo& info, uint64_t page_count,
 Result<ImageInfo> decode_metadata(std::span<const std::byte> json, uint64_t page_count,
                                   const std::string& name) {
   const std::string_view text(reinterpret_cast<const char*>(json.data()), json.size());
-  if (text.size() > layout::max_metadata || nested_too_deep(text)) {
-    return damaged(name, "its metadata is more than 16 MiB, or nested too deep");
-  }
-  nlohmann::json document = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (document.is_discarded()) return damaged(name, "its metadata is not JSON");
+  if (text.size() > layout::max_metadata) return damaged(name, "its metadata is more than 16 MiB");
+  nlohmann::json document = parse_json(text);
+  if (document.is_discarded()) return damaged(name, "its metadata is not JSON, or nested too deep");
   ImageInfo info;
   std::string wrong = read_document(document, info);
   if (wrong.empty()) wrong = number_regions(info, page_count);

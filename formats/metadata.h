@@ -16,12 +16,7 @@ inline constexpr size_t max_regions = 65536;
 inline constexpr size_t max_region_name = 255;                       // bytes
 inline constexpr size_t max_tags = 64;
 inline constexpr size_t max_tag_bytes = 255;  // also of a domain
-inline constexpr size_t max_metadata_nesting = 64;                   // arrays and objects
 inline constexpr int64_t max_created_unix_ms = 253'402'300'799'999;  // the end of the year 9999
-
-// Whether more arrays and objects are within each other in a JSON text than are safe to
-// copy, which is done recursively.
-bool nested_too_deep(std::string_view json);
 
 // ErrorCode::usage for tags, or a domain, that an image cannot have: asked before
 // one is made, of what the user gave.

@@ -39,8 +39,4 @@ std::string utc_text(int64_t unix_ms) {
                      unix_ms % 1000);
 }
 
-void print_json(std::ostream& out, const nlohmann::ordered_json& json) {
-  out << json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) << '\n';
-}
-
 }  // namespace vmsnap

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <nlohmann/json.hpp>
-#include <ostream>
 #include <string>
 
 namespace vmsnap {
@@ -15,8 +13,5 @@ std::string human_bytes(uint64_t bytes);  // "1.5 MiB"
 
 // "2024-11-20 22:11:40.123 UTC"
 std::string utc_text(int64_t unix_ms);
-
-// One JSON object, over several lines; what is not UTF-8 becomes U+FFFD.
-void print_json(std::ostream& out, const nlohmann::ordered_json& json);
 
 }  // namespace vmsnap

@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "formats/interrupt.h"
+#include "formats/json.h"
 #include "snap/vmm/descriptor_message.h"
 #include "snap/vmm/uffd.h"
 
@@ -129,7 +130,7 @@ Result<std::vector<ServedRange>> parse_handshake(std::string_view message, uint6
   if (message.size() > handshake_max_bytes) {
     return bad("the message has more than {} bytes", handshake_max_bytes);
   }
-  const auto json = nlohmann::json::parse(message, nullptr, /*allow_exceptions=*/false);
+  const auto json = parse_json(message);
   if (json.is_discarded()) return bad("the message is not JSON");
   if (!json.is_array()) return bad("the message is not a JSON array");
   if (json.empty()) return bad("it names no region");

@@ -8,6 +8,7 @@
 
 #include "formats/file.h"
 #include "formats/interrupt.h"
+#include "formats/json.h"
 #include "restore/option_value.h"
 #include "restore/qemu_options.h"
 #include "snap/vmm/unix_socket.h"
@@ -34,7 +35,7 @@ class AgentLink {
   // before us may have left it with. It answers that with an error.
   Status discard_former() const { return send("\xff"); }
 
-  Status send_command(const nlohmann::json& command) const { return send(command.dump() + "\n"); }
+  Status send_command(const nlohmann::json& command) const { return send(json_line(command) + "\n"); }
 
   // The next line that is a JSON object; what a former conversation left over
   // may be cut short.
@@ -49,7 +50,7 @@ class AgentLink {
       std::string line = received_.substr(0, end);
       received_.erase(0, end + 1);
       if (const size_t start = line.rfind('\xff'); start != std::string::npos) line.erase(0, start + 1);
-      nlohmann::json json = nlohmann::json::parse(line, nullptr, false);
+      nlohmann::json json = parse_json(line);
       if (json.is_object()) return json;
     }
   }

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "formats/json.h"
+
 namespace vmsnap {
 
 namespace {
@@ -34,7 +36,7 @@ std::string escape_commas(std::string_view text) {
 
 OptionValue OptionValue::parse(std::string_view text, std::string_view implied) {
   OptionValue value;
-  if (text.starts_with('{')) {
+  if (text.starts_with('{') && !nested_too_deep(text)) {
     value.json_ = nlohmann::ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
     if (value.json_.is_object()) {
       value.is_json_ = true;
@@ -121,7 +123,7 @@ void OptionValue::remove(std::string_view key) {
 
 std::string OptionValue::text() const {
   if (is_json_) {
-    return json_.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+    return json_line(json_);
   }
   std::string text;
   for (size_t i = 0; i < pairs_.size(); ++i) {

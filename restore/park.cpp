@@ -7,9 +7,9 @@
 #include <optional>
 
 #include "formats/elapsed.h"
+#include "formats/json.h"
 #include "formats/log.h"
 #include "formats/test_point.h"
-#include "formats/text.h"
 #include "restore/guest_ram.h"
 #include "restore/ram_drop.h"
 #include "restore/reattach.h"

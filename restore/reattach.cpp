@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include "formats/json.h"
 #include "formats/text.h"
 #include "formats/working_set_file.h"
 #include "restore/launch.h"

@@ -2,6 +2,7 @@
 
 #include <filesystem>
 
+#include "formats/json.h"
 #include "formats/log.h"
 #include "formats/text.h"
 #include "restore/guest_ram.h"

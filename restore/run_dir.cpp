@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "formats/json.h"
 #include "restore/launch_rules.h"
 #include "restore/record_fields.h"
 
@@ -214,16 +215,13 @@ Result<RunDir> RunDir::create(const std::string& path) {
 
 Status RunDir::write(const RestoreRecord& record) const {
   // A name from somebody's command line need not be UTF-8.
-  const std::string text =
-      to_json(record).dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
-  return write_small_file(file("restore.json"), text);
+  return write_small_file(file("restore.json"), json_lines(to_json(record)));
 }
 
 Result<RestoreRecord> read_restore_record(const std::string& run_dir) {
   const std::string name = run_dir + "/restore.json";
   const std::string contents = VMSNAP_TRY(read_small_file(name, 4 << 20));
-  auto record = restore_record_from_json(
-      nlohmann::json::parse(contents, nullptr, /*allow_exceptions=*/false));
+  auto record = restore_record_from_json(parse_json(contents));
   if (record) return record;
   return tl::unexpected(
       std::move(record).error().with_context(name).with_remedy("Choose another --run-dir."));

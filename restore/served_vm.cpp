@@ -12,11 +12,11 @@
 
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
+#include "formats/json.h"
 #include "formats/log.h"
 #include "formats/store/image_argument.h"
 #include "formats/store/recorded_working_set.h"
 #include "formats/test_point.h"
-#include "formats/text.h"
 #include "formats/working_set_file.h"
 #include "restore/background.h"
 #include "restore/privileges.h"

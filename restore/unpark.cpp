@@ -8,8 +8,8 @@
 
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
+#include "formats/json.h"
 #include "formats/test_point.h"
-#include "formats/text.h"
 #include "restore/park.h"
 #include "restore/reattach.h"
 #include "restore/run_dir.h"

@@ -6,6 +6,7 @@
 #include <ostream>
 
 #include "formats/clock.h"
+#include "formats/json.h"
 #include "formats/log.h"
 #include "formats/processors.h"
 #include "formats/store/manifest.h"
@@ -41,7 +42,7 @@ class BackupRun {
   Status verify_sample();
   Status check_ages();
   void print(const Event& event) {
-    context_.out << event.dump(-1, ' ', false, Event::error_handler_t::replace) << std::endl;
+    context_.out << json_line(event) << std::endl;
   }
   // Notes it, and goes on; but not after a signal.
   // `of`: what it was about, before the message; may be empty.

@@ -5,6 +5,7 @@
 #include <memory>
 #include <ostream>
 
+#include "formats/json.h"
 #include "formats/processors.h"
 #include "formats/size.h"
 #include "formats/store/image_argument.h"
@@ -132,7 +133,7 @@ Status run(const Arguments& arguments, CommandContext& context) {
   if (!summary) return tl::unexpected(summary.error());
   if (arguments.json) {
     // On one line; a file's name need not be UTF-8.
-    context.out << to_json(*summary).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)
+    context.out << json_line(to_json(*summary))
                 << "\n";
   } else {
     print_summary(context.out, *summary);

@@ -11,6 +11,7 @@
 #include "formats/command.h"
 #include "formats/export.h"
 #include "formats/image_reader.h"
+#include "formats/json.h"
 #include "formats/store/copy_image.h"
 #include "formats/store/image_argument.h"
 #include "formats/store/manifest.h"
@@ -68,7 +69,7 @@ void show_text(const ImageReader& image, std::ostream& out) {
                      summary.zero_pages, summary.duplicate_pages, summary.stored_pages);
   out << fmt::format("device state  {}\n", human_bytes(summary.device_state_bytes));
   for (const auto& [key, value] : info.source.items()) {
-    const std::string text = value.is_string() ? value.get<std::string>() : value.dump();
+    const std::string text = value.is_string() ? value.get<std::string>() : json_line(value);
     out << fmt::format("source        {}: {}\n", printable(key), printable(text));
   }
   out << fmt::format("\n{:>18} {:>12} {:>18}  {}\n", "address", "length", "raw offset", "region");

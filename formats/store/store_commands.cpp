@@ -10,13 +10,14 @@
 #include "formats/clock.h"
 #include "formats/command.h"
 #include "formats/duration.h"
+#include "formats/json.h"
 #include "formats/metadata.h"
 #include "formats/store/copy_image.h"
 #include "formats/store/image_argument.h"
 #include "formats/store/manifest.h"
 #include "formats/store/prune.h"
-#include "formats/store/store_diff.h"
 #include "formats/store/store_commands.h"
+#include "formats/store/store_diff.h"
 #include "formats/text.h"
 
 namespace vmsnap {

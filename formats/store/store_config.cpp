@@ -7,6 +7,7 @@
 #include "formats/file.h"
 #include "formats/image_file.h"
 #include "formats/image_tail.h"
+#include "formats/json.h"
 #include "formats/key_slots.h"
 #include "formats/metadata.h"
 #include "formats/store/pack_file.h"
@@ -43,8 +44,7 @@ Status check_is_store(const StorePaths& paths) {
 }
 
 Result<StoreConfig> parse_store_config(const std::string& json, const std::string& name) {
-  if (nested_too_deep(json)) return damaged(name, "it is nested too deep");
-  const auto document = nlohmann::json::parse(json, nullptr, /*allow_exceptions=*/false);
+  const auto document = parse_json(json);
   if (json.size() > max_config || !document.is_object()) {
     return damaged(name, "it is not a JSON object");
   }
@@ -56,7 +56,7 @@ Result<StoreConfig> parse_store_config(const std::string& json, const std::strin
     return tl::unexpected(
         Error(ErrorCode::unsupported,
               fmt::format("{}: the store has version {}, newer than this vmsnap's {}", name,
-                          document["version"].dump(), StoreConfig::version))
+                          json_line(document["version"]), StoreConfig::version))
             .with_remedy("Use a newer vmsnap."));
   }
   StoreConfig config;
@@ -88,7 +88,7 @@ Status write_store_config(const StorePaths& paths, const StoreConfig& config, bo
   nlohmann::json document = {
       {"format", format_name}, {"version", StoreConfig::version}, {"id", config.id}};
   if (config.sealed()) document["keys"] = config.slots;
-  const std::string text = document.dump(2) + "\n";
+  const std::string text = json_lines(document);
   AtomicFile file = VMSNAP_TRY(AtomicFile::create(paths.config(), replace));
   VMSNAP_CHECK(write_all(file.fd(), std::as_bytes(std::span(text)), paths.config()));
   return file.commit();

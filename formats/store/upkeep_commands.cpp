@@ -8,6 +8,7 @@
 
 #include "formats/clock.h"
 #include "formats/command.h"
+#include "formats/json.h"
 #include "formats/retention.h"
 #include "formats/store/image_argument.h"
 #include "formats/store/prune.h"

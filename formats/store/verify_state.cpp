@@ -4,6 +4,7 @@
 
 #include "formats/file.h"
 #include "formats/image_file.h"
+#include "formats/json.h"
 #include "formats/store/pack_file.h"
 
 namespace vmsnap {
@@ -17,7 +18,7 @@ constexpr size_t max_verify_state = 64 << 20;  // more packs than a store may ha
 VerifyState VerifyState::load(const StorePaths& paths) {
   const auto text = read_small_file(paths.verified(), max_verify_state);
   if (!text) return {};
-  const auto json = nlohmann::json::parse(*text, nullptr, /*allow_exceptions=*/false);
+  const auto json = parse_json(*text);
   if (!json.is_object() || !json.contains("packs") || !json["packs"].is_object()) return {};
   VerifyState state;
   if (json.contains("began") && json["began"].is_number_integer()) {
@@ -40,7 +41,7 @@ Status VerifyState::save(const StorePaths& paths) const {
   for (const auto& [id, pack] : packs) {
     json["packs"][id_text(id)] = {{"at", pack.at_unix_ms}, {"ok", pack.ok}};
   }
-  return write_small_file(paths.verified(), json.dump() + "\n");
+  return write_small_file(paths.verified(), json_line(json) + "\n");
 }
 
 }  // namespace vmsnap

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "formats/interrupt.h"
+#include "formats/json.h"
 #include "formats/log.h"
 #include "formats/text.h"
 #include "restore/farm/clone_process.h"
@@ -119,7 +120,7 @@ Status CloneStarter::launch(const std::string& name) {
     go_.reset();
     const nlohmann::json said = start_clone(options_.vm, *farm_, name, std::move(image_), started_,
                                             {report.get(), wait_for_go_.get()});
-    const std::string text = said.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+    const std::string text = json_line(said);
     (void)write_all(report.get(), std::as_bytes(std::span(text)), "a pipe");
     ::_exit(0);
   }
@@ -136,7 +137,7 @@ void CloneStarter::hear(Started& clone) const {
     text.erase(0, 1);
     if (text.empty()) return;
   }
-  clone.json = nlohmann::json::parse(text, nullptr, false);
+  clone.json = parse_json(text);
   if (!clone.json.is_object()) clone.json = {{"error", "the process that started it was killed"}};
   clone.report.reset();
   ::waitpid(clone.launcher, nullptr, 0);

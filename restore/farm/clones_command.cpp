@@ -5,8 +5,8 @@
 #include <thread>
 
 #include "formats/interrupt.h"
+#include "formats/json.h"
 #include "formats/size.h"
-#include "formats/text.h"
 #include "restore/farm/farm_dir.h"
 #include "restore/farm/farm_link.h"
 #include "restore/farm/shared_memory.h"

@@ -7,6 +7,7 @@
 #include <charconv>
 #include <filesystem>
 
+#include "formats/json.h"
 #include "restore/record_fields.h"
 
 namespace vmsnap {
@@ -73,13 +74,13 @@ Status FarmDir::write(const FarmRecord& record) const {
                                {"keeper_pid", static_cast<uint64_t>(record.keeper_pid)},
                                {"unreadable", record.unreadable}};
   return write_small_file(file("farm.json"),
-                          json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+                          json_lines(json));
 }
 
 Result<FarmRecord> FarmDir::read() const {
   const std::string name = file("farm.json");
   const std::string contents = VMSNAP_TRY(read_small_file(name, 1 << 20));
-  auto record = farm_record_from_json(nlohmann::json::parse(contents, nullptr, false));
+  auto record = farm_record_from_json(parse_json(contents));
   if (record) return record;
   return tl::unexpected(
       std::move(record).error().with_context(name).with_remedy("Choose another --run-dir."));

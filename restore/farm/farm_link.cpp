@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "formats/json.h"
 #include "snap/vmm/descriptor_message.h"
 #include "snap/vmm/unix_socket.h"
 
@@ -21,7 +22,7 @@ constexpr size_t max_link_descriptors = 8;
 
 Status send_message(int socket, const nlohmann::json& json, const std::vector<int>& descriptors) {
   const std::string text =
-      json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+      json_line(json);
   if (text.size() > max_message) return fail(ErrorCode::usage, "a message is too long");
   const ssize_t sent = send_with_descriptors(socket, std::as_bytes(std::span(text)), descriptors,
                                              MSG_DONTWAIT);
@@ -54,7 +55,7 @@ Result<std::optional<LinkMessage>> receive_message(int socket, std::chrono::mill
   if (got <= 0) return std::nullopt;  // ECONNRESET is an end, too
   LinkMessage message;
   collect_descriptors(header, message.descriptors);
-  message.json = nlohmann::json::parse(text.data(), text.data() + got, nullptr, false);
+  message.json = parse_json({text.data(), static_cast<size_t>(got)});
   if ((header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) || !message.json.is_object()) {
     return fail(ErrorCode::damaged, "what came over the farm's socket is no message of ours");
   }

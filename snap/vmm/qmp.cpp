@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "formats/interrupt.h"
+#include "formats/json.h"
 #include "snap/vmm/descriptor_message.h"
 #include "snap/vmm/unix_socket.h"
 
@@ -121,7 +122,7 @@ Result<Json> Qmp::read_message(Clock::time_point deadline) {
       const std::string line = received_.substr(0, end);
       received_.erase(0, end + 1);
       if (line.find_first_not_of(" \r\t") == std::string::npos) continue;
-      Json message = Json::parse(line, nullptr, /*allow_exceptions=*/false);
+      Json message = parse_json(line);
       if (!message.is_object()) {
         return bad(path_, "the answer is not QMP", "Give the path of a -qmp socket.");
       }
@@ -146,7 +147,7 @@ Result<Json> Qmp::execute(const std::string& command, Json arguments, std::vecto
   const uint64_t id = ++last_id_;
   Json request = {{"execute", command}, {"id", id}};
   if (!arguments.empty()) request["arguments"] = std::move(arguments);
-  VMSNAP_CHECK(send_line(fd(), path_, request.dump() + "\n", descriptors));
+  VMSNAP_CHECK(send_line(fd(), path_, json_line(request) + "\n", descriptors));
   const auto deadline = Clock::now() + limit_;
   for (;;) {
     Json message = VMSNAP_TRY(read_message(deadline));

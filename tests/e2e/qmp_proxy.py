@@ -51,6 +51,7 @@ class Proxy:
     error    the answer is replaced by a QMP error
     types    the answer is replaced by one whose values are of other types
     odd      the answer is replaced by an error whose description is no text
+    deep     the answer is replaced by half a million arrays within each other
     close    both connections are closed
     """
 
@@ -155,4 +156,6 @@ class Proxy:
             return json.dumps({"return": odd, "id": self._id}).encode() + b"\n"
         if self.how == "odd":
             return json.dumps({"error": {"class": 1, "desc": ["no"]}, "id": self._id}).encode() + b"\n"
+        if self.how == "deep":
+            return b'{"return": ' + b"[" * 500000 + b"]" * 500000 + b"}\n"
         return b'{"error": {"class": "GenericError", "desc": "the test says no"}}\n'

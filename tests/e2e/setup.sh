@@ -40,12 +40,14 @@ install_missing() {
 
 # build FOLDER TARGET [CMAKE ARGUMENTS]: configures and compiles; speaks only of
 # failure. Of debug information only the lines: the rest takes a third of the time.
+# The compiler collects its garbage less often, for 1 GiB each: a tenth of the time.
 build() {
   local folder=$1 target=$2 log=$1/build.log generator=()
   shift 2
   mkdir -p "$folder"
   [ -f "$folder/CMakeCache.txt" ] || ! command -v ninja >/dev/null || generator=(-G Ninja)
   if ! cmake -S . -B "$folder" "${generator[@]}" -DCMAKE_UNITY_BUILD=ON \
+    -DCMAKE_CXX_FLAGS='--param=ggc-min-expand=200 --param=ggc-min-heapsize=524288' \
     -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O2 -g1 -DNDEBUG' "$@" >"$log" 2>&1 </dev/null ||
     ! cmake --build "$folder" --target "$target" --parallel "$(nproc)" >"$log" 2>&1 </dev/null; then
     cat "$log"

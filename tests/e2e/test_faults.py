@@ -75,7 +75,7 @@ def test_bad_answers(world):
     """To each command in turn, one bad answer. The snapshot may do without the
     answer (then the image is exact); else it fails. The VM runs in any case. All
     kinds at the same time, a guest each, because it is mostly waiting."""
-    kinds = ["garbage", "error", "close", "types", "odd"]
+    kinds = ["garbage", "error", "close", "types", "odd", "deep"]
     guests = [victims.OrderedGuest(world) for _ in kinds]
     commands = commands_of_a_snapshot(world, guests[0])
 
