@@ -71,8 +71,15 @@ def run_ksm(world):
         before = file.read_text().strip()
         world.at_end(lambda file=file, before=before: file.write_text(before))
         file.write_text(value)
-    # 2 takes all merged pages apart again, before the old values come back.
-    world.at_end(lambda: KSM_SWITCH.write_text("2"))
+    def stop():
+        wait_for_ksm()  # or the last snapshot, of another test, would start it again
+        KSM_SWITCH.write_text("2")  # takes all merged pages apart again
+    world.at_end(stop)  # before the old values come back
+
+
+def wait_for_ksm():
+    """Until no snapshot, of this or another test, keeps ksmd paused any more."""
+    harness.wait_until(lambda: KSM_SWITCH.read_text() == "1\n", "ksmd to be put back")
 
 
 def merged_pages():
