@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <fmt/ranges.h>
 #include <thread>
 
 #include "formats/interrupt.h"
@@ -31,6 +32,11 @@ struct Started {
   bool loaded = false;
   nlohmann::json json;  // "error", or "pid", "qmp", "ready_ms"
 };
+
+bool lives(const FarmDir& farm, const std::string& name) {
+  const auto record = read_restore_record(farm.file(name));
+  return record && find_process(*record);
+}
 
 class CloneStarter {
  public:
@@ -91,8 +97,7 @@ Status CloneStarter::join_or_make_farm() {
   FarmSetup setup = {*farm_, VMSNAP_TRY(farm_->lock()), {}, *image_,
                      VMSNAP_TRY(SharedMemory::create(image_->page_count()))};
   for (const std::string& name : farm_->clones()) {
-    const auto record = read_restore_record(farm_->file(name));
-    if (!record || !find_process(*record)) continue;
+    if (!lives(*farm_, name)) continue;
     return tl::unexpected(
         Error(ErrorCode::exists, fmt::format("clone {} lives in {}, but its page server is dead",
                                              name, farm_->path()))
@@ -206,8 +211,7 @@ Status CloneStarter::what_was_lost() const {
 // The keeper may have been killed, too, and then they wait for their memory.
 Status CloneStarter::check_none_is_left() const {
   for (const std::string& name : farm_->clones()) {
-    const auto record = read_restore_record(farm_->file(name));
-    if (!record || !find_process(*record)) continue;
+    if (!lives(*farm_, name)) continue;
     return tl::unexpected(
         Error(ErrorCode::vm, fmt::format("the page server of the clones in {} is dead; they wait for "
                                          "their memory",
@@ -325,13 +329,21 @@ Status reattach_farm(const std::string& run_dir, const KeySource& key, bool json
   if (!memory) return tl::unexpected(std::move(memory).error());
   const Fd keeper =
       VMSNAP_TRY(start_keeper({farm, std::move(lock), record, *image, *std::move(memory)}, living));
-  VMSNAP_TRY(ask(keeper.get(), {{"do", "hello"}}, {}, std::chrono::seconds(30)));
+  const LinkMessage hello =
+      VMSNAP_TRY(ask(keeper.get(), {{"do", "hello"}}, {}, std::chrono::seconds(30)));
+  const nlohmann::json served = hello.json.value("clones", nlohmann::json::array());
   if (json) {
-    print_json(context.out, {{"run_dir", farm.path()}, {"clones", living}});
+    print_json(context.out, {{"run_dir", farm.path()}, {"clones", served}});
   } else {
-    context.out << fmt::format("{} clones in {} are served again\n", living.size(), farm.path());
+    context.out << fmt::format("{} clones in {} are served again\n", served.size(), farm.path());
   }
-  return {};
+  std::erase_if(living, [&](const std::string& name) {
+    return std::ranges::count(served.begin(), served.end(), nlohmann::json(name)) > 0 || !lives(farm, name);
+  });
+  if (living.empty()) return {};
+  return tl::unexpected(
+      Error(ErrorCode::vm, fmt::format("not served: clone {}; it waits for its memory", fmt::join(living, ", ")))
+          .with_remedy(fmt::format("{} says why.", farm.file("vmsnap.log"))));
 }
 
 }  // namespace vmsnap

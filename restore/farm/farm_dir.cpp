@@ -79,7 +79,7 @@ Status FarmDir::write(const FarmRecord& record) const {
 
 Result<FarmRecord> FarmDir::read() const {
   const std::string name = file("farm.json");
-  const std::string contents = VMSNAP_TRY(read_small_file(name, 1 << 20));
+  const std::string contents = VMSNAP_TRY(read_own_file(name, 1 << 20));
   auto record = farm_record_from_json(parse_json(contents));
   if (record) return record;
   return tl::unexpected(

@@ -170,7 +170,8 @@ Result<LinkMessage> Keeper::answer(const nlohmann::json& request) {
   if (what == "memory") {
     reply.descriptors.push_back(VMSNAP_TRY(setup_.memory.open_for_clone()));
   } else if (what == "hello") {
-    return reply;
+    reply.json["clones"] = nlohmann::json::array();
+    for (const KeptClone& clone : clones_) reply.json["clones"].push_back(clone.name);
   } else if (what == "join") {
     VMSNAP_CHECK(take_up(VMSNAP_TRY(text_field(request, "clone"))));
   } else if (what == "status") {

@@ -13,7 +13,7 @@
 // VMM holds its userfaultfd; `restore --reattach` begins with a new keeper.
 //
 // Requests on farm.sock (farm_link.h); the answer is {} where nothing is said:
-//   {"do": "hello"}               {}: it is at work, and its record is written
+//   {"do": "hello"}               "clones", whom it serves: it is at work, and its record is written
 //   {"do": "memory"}              {} and the shared memory, for reading only
 //   {"do": "join", "clone": "3"}  the clone of that directory is served from now on
 //   {"do": "status"}              counters, see FarmServer::status()

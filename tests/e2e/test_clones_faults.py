@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import threading
@@ -72,12 +73,16 @@ def test_page_server_killed_again_and_again(world):
     farm.assert_gone()
 
 
-def test_keeper_killed_and_reattached(world):
-    farm = farms.Farm(world, farms.linux_image(world))
-    clones = farm.add(2, "--memory", "4M")  # pages are still to come, for ever
+def kill_its_processes(world):
     for pid in world.vmsnap_processes():
         os.kill(pid, signal.SIGKILL)
     harness.wait_until(lambda: not world.vmsnap_processes(), "the farm's processes to end")
+
+
+def test_keeper_killed_and_reattached(world):
+    farm = farms.Farm(world, farms.linux_image(world))
+    clones = farm.add(2, "--memory", "4M")  # pages are still to come, for ever
+    kill_its_processes(world)
     for clone in clones:
         checks.assert_not_traced(clone.pid)
     refused = world.vmsnap("restore", farm.image, "--clones", 1, "--run-dir", farm.dir).expect("exists")
@@ -93,6 +98,21 @@ def test_keeper_killed_and_reattached(world):
     farm.stop()
     farm.assert_gone()
     world.vmsnap("restore", "--reattach", farm.dir).expect("vm")
+
+
+def test_a_clone_that_cannot_be_taken_over(world):
+    """It is named, and the others are served."""
+    farm = farms.Farm(world, farms.ordered_image(world))
+    well, _ = farm.add(2)
+    kill_its_processes(world)
+    record = farm.dir / "2/restore.json"
+    record.write_text(re.sub(r'"uffd": \d+', '"uffd": 0', record.read_text()))
+    refused = world.vmsnap("restore", "--reattach", farm.dir, "--json").expect("vm")
+    assert refused.json["clones"] == ["1"]
+    assert "clone 2;" in refused.err
+    victims.check_ordered_live(world, well)
+    farm.stop("1")
+    farm.assert_gone()
 
 
 def test_run_directory_of_another(world):
