@@ -93,12 +93,13 @@ Status write_all(int fd, std::span<const std::byte> bytes, const std::string& na
   return {};
 }
 
-Result<std::string> read_small_file(const std::string& path, size_t limit) {
-  const Fd fd = VMSNAP_TRY(open_file(path, O_RDONLY));
+namespace {
+
+Result<std::string> read_all(int fd, const std::string& path, size_t limit) {
   std::string contents;
   char buffer[65536];
   for (;;) {
-    const ssize_t got = ::read(fd.get(), buffer, sizeof buffer);
+    const ssize_t got = ::read(fd, buffer, sizeof buffer);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) return fail_errno(errno, "cannot read {}", path);
     if (got == 0) return contents;
@@ -107,6 +108,27 @@ Result<std::string> read_small_file(const std::string& path, size_t limit) {
       return fail(ErrorCode::damaged, "{} is larger than {} bytes", path, limit);
     }
   }
+}
+
+}  // namespace
+
+Result<std::string> read_small_file(const std::string& path, size_t limit) {
+  const Fd fd = VMSNAP_TRY(open_file(path, O_RDONLY));
+  return read_all(fd.get(), path, limit);
+}
+
+Result<std::string> read_own_file(const std::string& path, size_t limit) {
+  const Fd fd = VMSNAP_TRY(open_file(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK));
+  struct stat found;
+  if (::fstat(fd.get(), &found) < 0) return fail_errno(errno, "cannot look at {}", path);
+  const bool ours = found.st_uid == ::geteuid() || found.st_uid == 0;
+  if (ours && S_ISREG(found.st_mode) && (found.st_mode & (S_IWGRP | S_IWOTH)) == 0) {
+    return read_all(fd.get(), path, limit);
+  }
+  return tl::unexpected(
+      Error(ErrorCode::refused, fmt::format("{} is another user's (number {}), or others may write to it",
+                                            path, found.st_uid))
+          .with_remedy("What it says would be done: run vmsnap as that user."));
 }
 
 Status write_small_file(const std::string& path, std::string_view contents, mode_t mode) {

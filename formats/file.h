@@ -61,6 +61,10 @@ void unlock_whole_file(int fd);
 // bytes is an error.
 Result<std::string> read_small_file(const std::string& path, size_t limit = 16 << 20);
 
+// The same for what a command of this user wrote down, and acts upon: not if it is
+// another's (root's will do) or others may write to it, ErrorCode::refused.
+Result<std::string> read_own_file(const std::string& path, size_t limit);
+
 // Replaces `path` by `contents`: a temporary file beside it, fsync, rename.
 Status write_small_file(const std::string& path, std::string_view contents, mode_t mode = 0600);
 

@@ -220,7 +220,7 @@ Status RunDir::write(const RestoreRecord& record) const {
 
 Result<RestoreRecord> read_restore_record(const std::string& run_dir) {
   const std::string name = run_dir + "/restore.json";
-  const std::string contents = VMSNAP_TRY(read_small_file(name, 4 << 20));
+  const std::string contents = VMSNAP_TRY(read_own_file(name, 4 << 20));
   auto record = restore_record_from_json(parse_json(contents));
   if (record) return record;
   return tl::unexpected(

@@ -121,5 +121,23 @@ TEST(File, ShortFileIsDamaged) {
   EXPECT_EQ(read_small_file(path, 4).error().code(), ErrorCode::damaged);
 }
 
+// What is acted upon, as root perhaps, must not be what somebody else wrote.
+TEST(File, WhatIsOursIsNobodyElses) {
+  TempDirectory directory;
+  const std::string path = directory.file("record");
+  ASSERT_TRUE(write_small_file(path, "ours"));
+  EXPECT_EQ(read_own_file(path, 10).value(), "ours");
+  EXPECT_EQ(read_own_file(path, 3).error().code(), ErrorCode::damaged);
+  ASSERT_EQ(::symlink(path.c_str(), directory.file("link").c_str()), 0);
+  EXPECT_EQ(read_own_file(directory.file("link"), 10).error().os_errno(), ELOOP);
+  ASSERT_EQ(::chmod(path.c_str(), 0620), 0);
+  EXPECT_EQ(read_own_file(path, 10).error().code(), ErrorCode::refused);
+  ASSERT_EQ(::chmod(path.c_str(), 0644), 0);
+  EXPECT_TRUE(read_own_file(path, 10));
+  if (::geteuid() != 0) GTEST_SKIP() << "only root can give a file away";
+  ASSERT_EQ(::chown(path.c_str(), 65534, static_cast<gid_t>(-1)), 0);
+  EXPECT_EQ(read_own_file(path, 10).error().code(), ErrorCode::refused);
+}
+
 }  // namespace
 }  // namespace vmsnap
