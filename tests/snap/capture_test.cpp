@@ -80,11 +80,7 @@ class CaptureTest : public ::testing::TestWithParam<Kind> {
     file_ = Fd(::memfd_create("image", 0));
   }
 
-  template <class Condition>
-  static void wait_until(Condition condition) {
-    for (int i = 0; i < 60000 && !condition(); ++i) std::this_thread::sleep_for(1ms);
-    ASSERT_TRUE(condition());
-  }
+  static void wait_until(const std::function<bool()>& condition) { ASSERT_TRUE(becomes_true(condition)); }
 
   void begin(CaptureOptions options = {.staging_bytes = 16 << 20}, ImageWriterOptions image = {}) {
     writer_ = *ImageWriter::create(file_.get(), "image", pages, std::move(image));

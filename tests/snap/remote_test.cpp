@@ -22,11 +22,7 @@ namespace {
 
 using namespace std::chrono_literals;
 
-template <class Condition>
-void wait_until(Condition condition) {
-  for (int i = 0; i < 20000 && !condition(); ++i) std::this_thread::sleep_for(1ms);
-  ASSERT_TRUE(condition());
-}
+void wait_until(const std::function<bool()>& condition) { ASSERT_TRUE(becomes_true(condition)); }
 
 struct Signals {
   std::atomic<int> ready{0};

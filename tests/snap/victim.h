@@ -33,12 +33,13 @@ inline char* map_for_huge_pages(uint64_t bytes) {
   return reinterpret_cast<char*>((reinterpret_cast<uint64_t>(memory) + huge - 1) & ~(huge - 1));
 }
 
-// Within ten seconds.
+// Within a minute, if only for a moment.
 inline bool becomes_true(const std::function<bool()>& condition) {
-  for (int i = 0; i < 10000 && !condition(); ++i) {
+  for (int i = 0; i < 60000; ++i) {
+    if (condition()) return true;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
-  return condition();
+  return false;
 }
 
 class Victim {
