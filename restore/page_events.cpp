@@ -91,9 +91,10 @@ bool PageServer::end_answer(uint64_t& turn) {
 
 // Until one of the ends. Sees to it that somebody reads.
 Result<ServeEnd> PageServer::watch_until_end() {
+  constexpr auto seldom = std::chrono::milliseconds(1000);
+  Clock::time_point looked = Clock::now();
   for (;;) {
-    constexpr int seldom_ms = 1000;
-    const int timeout_ms = watch_reader() ? static_cast<int>(patience.count()) : seldom_ms;
+    const auto timeout_ms = static_cast<int>((watch_reader() ? patience : seldom).count());
     pollfd fds[2] = {{called_.get(), POLLIN, 0}, {options_.pidfd, POLLIN, 0}};
     const int ready = ::poll(fds, 2, timeout_ms);
     if (ready < 0 && errno != EINTR) return fail_errno(errno, "cannot wait for page faults");
@@ -105,7 +106,11 @@ Result<ServeEnd> PageServer::watch_until_end() {
       uint64_t ignored;
       [[maybe_unused]] const ssize_t got = ::read(called_.get(), &ignored, sizeof ignored);
     }
-    if (ready == 0 && timeout_ms == seldom_ms && vm_is_gone()) return ServeEnd::vm_gone;
+    // By the clock: answers may go on after the VM's end, because a fault that is put
+    // off is tried again.
+    if (options_.pidfd >= 0 || Clock::now() - looked < seldom) continue;
+    if (vm_is_gone()) return ServeEnd::vm_gone;
+    looked = Clock::now();
   }
 }
 

@@ -70,16 +70,34 @@ TEST_F(PageDelayTest, TheFillGoesOnAfterwards) {
   EXPECT_EQ(log().size(), 1u);
 }
 
-TEST_F(PageDelayTest, StopsAndEndsWhileTheyWait) {
+TEST_F(PageDelayTest, StopsWhileTheyWait) {
+  auto [served, image, marks, uffd] = failing_target();
+  ServerThread server(uffd, *image, marks, served->ranges());
+  served->begin_read(1);
+  wait_until([&] { return !log().empty(); });
+  EXPECT_EQ(server.stop(), ServeEnd::stopped);
+}
+
+// Without a pidfd, and while the fault of a dead process is tried again and again.
+TEST_F(PageDelayTest, EndsWithTheVmWhileTheyWait) {
+  auto [served, image, marks, uffd] = failing_target();
+  ServerThread server(uffd, *image, marks, served->ranges(), no_fill());
+  served->begin_read(1);
+  wait_until([&] { return !log().empty(); });
+  served->kill();
+  EXPECT_EQ(server.wait(), ServeEnd::vm_gone);
+}
+
+TEST_F(PageDelayTest, EndsWithAVmThatDiedBetweenTwoServers) {
   auto [served, image, marks, uffd] = failing_target();
   {
     ServerThread server(uffd, *image, marks, served->ranges());
     served->begin_read(1);
     wait_until([&] { return !log().empty(); });
-    EXPECT_EQ(server.stop(), ServeEnd::stopped);
+    server.stop();
   }
-  ServerThread server(uffd, *image, marks, served->ranges());
   served->kill();
+  ServerThread server(uffd, *image, marks, served->ranges());
   EXPECT_EQ(server.wait(), ServeEnd::vm_gone);
 }
 
