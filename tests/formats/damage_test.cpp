@@ -95,7 +95,12 @@ TEST_F(DamageTest, ForgingNothingChangesNothing) {
 // One file, one byte changed in place at a time.
 TEST_F(DamageTest, EveryFlippedByteIsFound) {
   const Fd fd = open_file(path_, O_RDWR).value();
-  for (size_t i = 0; i < original_.size(); ++i) {
+#ifdef __SANITIZE_THREAD__
+  constexpr size_t step = 7;  // it looks for races, here are none, and all would take a minute
+#else
+  constexpr size_t step = 1;
+#endif
+  for (size_t i = 0; i < original_.size(); i += step) {
     const std::byte flipped = original_[i] ^ std::byte(1 << i % 8);
     ASSERT_TRUE(write_all_at(fd.get(), std::span(&flipped, 1), i, path_));
     ASSERT_TRUE(verify_finds_damage()) << "byte " << i;
