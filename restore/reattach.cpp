@@ -81,7 +81,7 @@ Status resume_vm(const std::string& qmp_socket) {
 
 Status reattach_vm(const ReattachOptions& options, CommandContext& context) {
   const auto started = std::chrono::steady_clock::now();
-  RunDir dir = VMSNAP_TRY(RunDir::open(options.run_dir));
+  RunDir dir = VMSNAP_TRY(RunDir::open(options.run_dir, takeover_patience));
   RestoreRecord record = VMSNAP_TRY(dir.read());
   if (record.clone) {
     return tl::unexpected(

@@ -35,9 +35,9 @@ struct ReattachOptions {
   bool unpark = false;  // let a parked VM run, and bring the rest
 };
 
-// ErrorCode::exists while a page server is at work there, ErrorCode::damaged
-// when the directory or the image is not what it was, the codes of
-// serve_to_end(). Must be called while the process has one thread.
+// ErrorCode::exists while a page server is at work there (after takeover_patience),
+// ErrorCode::damaged when the directory or the image is not what it was, the codes
+// of serve_to_end(). Must be called while the process has one thread.
 Status reattach_vm(const ReattachOptions& options, CommandContext& context);
 
 // Sends `cont` to a VM that does not run.

@@ -9,7 +9,9 @@
 #include <cerrno>
 #include <cstdlib>
 #include <filesystem>
+#include <thread>
 
+#include "formats/interrupt.h"
 #include "formats/json.h"
 #include "restore/launch_rules.h"
 #include "restore/record_fields.h"
@@ -132,10 +134,15 @@ Result<RestoreRecord> restore_record_from_json(const nlohmann::json& json) {
   return record;
 }
 
-Result<Fd> lock_run_directory(const std::string& path) {
+Result<Fd> lock_run_directory(const std::string& path, std::chrono::milliseconds patience) {
   const std::string name = path + "/lock";
   Fd lock = VMSNAP_TRY(open_file(name, O_RDWR | O_CREAT | O_NOFOLLOW));
-  if (VMSNAP_TRY(lock_whole_file(lock.get(), name))) return lock;
+  const auto deadline = std::chrono::steady_clock::now() + patience;
+  do {
+    if (VMSNAP_TRY(lock_whole_file(lock.get(), name))) return lock;
+    VMSNAP_CHECK(check_interrupted());
+    if (patience.count() > 0) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  } while (std::chrono::steady_clock::now() < deadline);
   std::string owner;
   if (const auto record = read_restore_record(path)) {
     owner = fmt::format(" (process {})", record->server_pid);
@@ -145,12 +152,12 @@ Result<Fd> lock_run_directory(const std::string& path) {
           .with_remedy("Choose another --run-dir; there is nothing to take over."));
 }
 
-Status RunDir::take_lock() {
-  lock_ = VMSNAP_TRY(lock_run_directory(path_));
+Status RunDir::take_lock(std::chrono::milliseconds patience) {
+  lock_ = VMSNAP_TRY(lock_run_directory(path_, patience));
   return {};
 }
 
-Result<RunDir> RunDir::open(const std::string& path) {
+Result<RunDir> RunDir::open(const std::string& path, std::chrono::milliseconds patience) {
   RunDir dir;
   std::error_code failed;
   dir.path_ = fs::canonical(path, failed).string();
@@ -160,7 +167,7 @@ Result<RunDir> RunDir::open(const std::string& path) {
   // the page server is not left there anew.
   const bool over = record.phase >= RestorePhase::complete || !find_process(record);
   if (over && !fs::exists(dir.file("lock"))) return dir;
-  VMSNAP_CHECK(dir.take_lock());
+  VMSNAP_CHECK(dir.take_lock(patience));
   return dir;
 }
 

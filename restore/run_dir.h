@@ -14,6 +14,7 @@
 
 #include <sys/types.h>
 
+#include <chrono>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -86,9 +87,13 @@ Result<std::string> make_run_directory(const std::string& path, bool* made = nul
 // The directory of the new ones, made if it is not there.
 Result<std::string> default_run_directories();
 
+// For who takes over: a page server that was killed a moment ago holds its lock
+// until the kernel has taken it apart.
+inline constexpr std::chrono::seconds takeover_patience{2};
 // The lock of a run directory; ErrorCode::exists while a page server is at work
-// there. It is held until the last copy of the descriptor is closed.
-Result<Fd> lock_run_directory(const std::string& path);
+// there, and is after `patience`, which a signal cuts short. It is held until the
+// last copy of the descriptor is closed.
+Result<Fd> lock_run_directory(const std::string& path, std::chrono::milliseconds patience = {});
 
 class RunDir {
  public:
@@ -96,9 +101,10 @@ class RunDir {
   // restored there still runs, one that was parked there is not whole again, or
   // a page server has it.
   static Result<RunDir> create(const std::string& path);
-  // An existing one, for taking over. ErrorCode::exists when a page server has it;
-  // the errors of read_restore_record(), and then nothing is made there.
-  static Result<RunDir> open(const std::string& path);
+  // An existing one, for taking over. ErrorCode::exists when a page server has it,
+  // still after `patience`; the errors of read_restore_record(), and then nothing is
+  // made there.
+  static Result<RunDir> open(const std::string& path, std::chrono::milliseconds patience = {});
 
   const std::string& path() const { return path_; }
   std::string file(std::string_view name) const { return path_ + "/" + std::string(name); }
@@ -117,7 +123,7 @@ class RunDir {
 
  private:
   RunDir() = default;
-  Status take_lock();
+  Status take_lock(std::chrono::milliseconds patience = {});
 
   std::string path_;
   bool made_ = false;

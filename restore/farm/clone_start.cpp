@@ -308,7 +308,7 @@ Status start_clones(const CloneOptions& options, CommandContext& context) {
 Status reattach_farm(const std::string& run_dir, const KeySource& key, bool json,
                      CommandContext& context) {
   FarmDir farm = VMSNAP_TRY(FarmDir::open(run_dir));
-  Fd lock = VMSNAP_TRY(farm.lock());
+  Fd lock = VMSNAP_TRY(farm.lock(takeover_patience));
   FarmRecord record = VMSNAP_TRY(farm.read());
   const auto image = VMSNAP_TRY(open_recorded_image(record.image, record.image_id, key));
   std::vector<std::string> living;

@@ -43,8 +43,10 @@ class FarmDir {
   std::string file(std::string_view name) const { return path_ + "/" + std::string(name); }
   std::string socket() const { return file("farm.sock"); }
 
-  // ErrorCode::exists while a keeper is at work there.
-  Result<Fd> lock() const { return lock_run_directory(path_); }
+  // ErrorCode::exists while a keeper is at work there, still after `patience`.
+  Result<Fd> lock(std::chrono::milliseconds patience = {}) const {
+    return lock_run_directory(path_, patience);
+  }
   Status write(const FarmRecord& record) const;
   Result<FarmRecord> read() const;
 

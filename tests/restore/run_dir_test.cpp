@@ -5,6 +5,8 @@
 #include <unistd.h>
 
 #include <filesystem>
+#include <optional>
+#include <thread>
 
 #include "restore/page_marks.h"
 #include "snap/vmm/process.h"
@@ -128,6 +130,19 @@ TEST(RunDirTest, OnePageServerAtATime) {
     }
   }
   EXPECT_TRUE(RunDir::open(parent.path()));
+}
+
+TEST(RunDirTest, WhoTakesOverWaitsForADyingPageServer) {
+  const TemporaryDirectory parent;
+  std::optional<RunDir> dying = *RunDir::create(parent.path());
+  ASSERT_TRUE(dying->write(some_record()));
+  EXPECT_FALSE(RunDir::open(parent.path(), std::chrono::milliseconds(50)));
+  std::thread death([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    dying.reset();
+  });
+  EXPECT_TRUE(RunDir::open(parent.path(), std::chrono::seconds(60)));
+  death.join();
 }
 
 TEST(RunDirTest, ADirectoryOfALivingVmIsRefused) {
