@@ -54,7 +54,14 @@ Result<uint64_t> copy_to_fd(const ImageReader& image, int fd, const std::string&
 }
 
 Result<Fd> unnamed_file(const std::string& directory) {
-  return open_file(directory, O_RDWR | O_TMPFILE);
+  auto unnamed = open_file(directory, O_RDWR | O_TMPFILE);
+  if (unnamed || unnamed.error().os_errno() != EOPNOTSUPP) return unnamed;
+  // NFS and FUSE. Who is killed between these two leaves an empty file.
+  std::string name = directory + "/.vmsnap-XXXXXX";
+  Fd named(::mkostemp(name.data(), O_CLOEXEC));
+  if (!named) return fail_errno(errno, "cannot make a file in {}", directory);
+  if (::unlink(name.c_str()) < 0) return fail_errno(errno, "cannot remove {}", name);
+  return named;
 }
 
 // All that can be read.

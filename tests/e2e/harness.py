@@ -42,7 +42,7 @@ EXIT = {name: int(number) for name, number in re.findall(
 
 # What a machine of the continuous integration may lack. Anything else that a
 # test needs and does not find there is a failure, not a skip.
-MAY_BE_MISSING_IN_CI = {"kvm", "hugetlb", "swap", "ksm", "systemd", "cgroup"}
+MAY_BE_MISSING_IN_CI = {"kvm", "hugetlb", "swap", "ksm", "systemd", "cgroup", "fuse"}
 
 
 def need(condition, name, reason):

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 import harness
 
 KSM = pathlib.Path("/sys/kernel/mm/ksm")
@@ -106,6 +108,18 @@ def mount_small_disk(world, kib):
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "vmsnap-test", folder],
                    check=True)
     world.at_end(lambda: subprocess.run(["umount", "-l", folder], check=True))
+    return folder
+
+
+def mount_fuse(world):
+    """A folder in a file system that lacks what NFS lacks: O_TMPFILE."""
+    harness.need(os.path.exists("/dev/fuse"), "fuse", "there is no /dev/fuse")
+    folder = world.directory("fuse")
+    mounted = subprocess.run(["bindfs", world.directory("behind"), folder], check=False)
+    harness.need(mounted.returncode == 0, "fuse", "it cannot be mounted here")
+    world.at_end(lambda: subprocess.run(["umount", "-l", folder], check=True))
+    with pytest.raises(OSError):
+        os.open(folder, os.O_RDWR | os.O_TMPFILE)
     return folder
 
 

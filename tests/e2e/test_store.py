@@ -1,5 +1,6 @@
 """Snapshots in a store: of real guests, found, restored, removed, through pipes."""
 
+import os
 import re
 import subprocess
 import time
@@ -9,6 +10,7 @@ import pytest
 import checks
 import harness
 import qemu
+import system
 import victims
 
 
@@ -78,18 +80,21 @@ def test_a_page_server_that_dies_is_followed_by_another(world):
     victims.assert_linux_goes_on(qemu.restored(run_dir))
 
 
-def test_through_pipes(world):
+@pytest.mark.parametrize("place", ["disk", "fuse"])
+def test_through_pipes(world, place):
     """Out of one store, into another: nothing but the id is different."""
     victim = victims.Writers(world, mib=16)
-    first, second = world.path("store"), world.path("store")
+    folder = system.mount_fuse(world) if place == "fuse" else world.folder
+    first, second = folder / "first", folder / "second"
     figures = snapshot(world, first, "--pid", victim.pid, *victim.range_arguments())
     out = subprocess.Popen([harness.VMSNAP, "export", "--store", first, figures["id"], "--image", "-"],
-                           stdout=subprocess.PIPE)
+                           stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(folder)})
     subprocess.run([harness.VMSNAP, "import", "-", "--store", second, "--tag", "moved"],
                    stdin=out.stdout, check=True, stdout=subprocess.DEVNULL)
     out.stdout.close()
     assert out.wait() == 0
     assert_whole(world, second)
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
     raws = []
     for store in (first, second):
         raws.append(world.path("x.raw"))
