@@ -131,6 +131,9 @@ def hostile_child(path, rng):
         os._exit(0)
 
 
+THREADS_OF_ONE_SESSION = 6  # with main's
+
+
 def descriptors_of(pid):
     return len(os.listdir(f"/proc/{pid}/fd"))
 
@@ -158,6 +161,8 @@ def test_ten_thousand_handshakes(world, shared_world):
     harness.wait_until(path.exists, "the socket")
     good = test_serve.connect(world, path, [(0, 16 * MIB)])
     assert test_serve.read_back(world, good, 0, 4096) == raw[:4096]
+    # Its answerers begin one after the other, and the first may have answered.
+    harness.wait_until(lambda: threads_of(run.pid) >= THREADS_OF_ONE_SESSION, "its threads")
     before = descriptors_of(run.pid), threads_of(run.pid)
 
     started = time.monotonic()
