@@ -21,6 +21,9 @@ void install_interrupt_handlers() {
   // The second time the default action: whoever insists gets his way.
   action.sa_flags = SA_RESETHAND;
   for (const int number : {SIGINT, SIGTERM}) ::sigaction(number, &action, nullptr);
+  // Nobody insists by this one: a terminal that is closed sends it by the shell, and
+  // by the kernel a moment later.
+  action.sa_flags = 0;
   // Ignored by who started us: nohup(1) means it.
   struct sigaction before = {};
   const bool known = ::sigaction(SIGHUP, nullptr, &before) == 0;

@@ -9,6 +9,15 @@
 
 namespace vmsnap {
 
+HeldSignals::HeldSignals() {
+  sigset_t held;
+  ::sigemptyset(&held);
+  for (const int number : {SIGINT, SIGTERM, SIGHUP}) ::sigaddset(&held, number);
+  ::pthread_sigmask(SIG_BLOCK, &held, &before_);
+}
+
+HeldSignals::~HeldSignals() { ::pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
 void become_background(const std::string& log_path) {
   ::setsid();
   // SIGTERM ends it like any process: the guest waits, --reattach goes on.

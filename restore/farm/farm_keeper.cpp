@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <optional>
 
 #include "formats/descriptor_limit.h"
 #include "formats/elapsed.h"
@@ -243,11 +244,13 @@ Status Keeper::run() {
 Result<Fd> start_keeper(FarmSetup setup, const std::vector<std::string>& clones) {
   Fd listener = VMSNAP_TRY(listen_for_messages(setup.dir.socket()));
   auto [ours, theirs] = VMSNAP_TRY(message_pair());
+  std::optional<HeldSignals> held(std::in_place);
   const pid_t child = ::fork();
   if (child < 0) return fail_errno(errno, "cannot start a background process");
   if (child > 0) return std::move(ours);
   ours.reset();
   become_background(setup.dir.file("vmsnap.log"));
+  held.reset();
   const MoreDescriptors two_for_each_clone;  // also in the page server, which comes from here
   setup.record.keeper_pid = ::getpid();
   Status done = setup.dir.write(setup.record);

@@ -30,6 +30,15 @@ TEST(Interrupt, TheSecondOneEndsTheProcess) {
   EXPECT_EXIT(insist(), testing::KilledBySignal(SIGINT), "");
 }
 
+TEST(Interrupt, AClosedTerminalMayHangUpTwice) {
+  const auto hang_up = [] {
+    install_interrupt_handlers();
+    std::raise(SIGHUP);
+    end_after(SIGHUP);
+  };
+  EXPECT_EXIT(hang_up(), testing::ExitedWithCode(3), "");
+}
+
 TEST(Interrupt, NohupIsObeyed) {
   const auto hang_up = [] {
     std::signal(SIGHUP, SIG_IGN);
