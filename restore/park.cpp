@@ -18,6 +18,7 @@
 #include "snap/vmm/ksm_pause.h"
 #include "snap/vmm/qmp.h"
 #include "snap/vmm/ram_blocks.h"
+#include "snap/vmm/vm_record.h"
 
 namespace vmsnap {
 
@@ -27,7 +28,8 @@ namespace fs = std::filesystem;
 
 Result<bool> is_running(Qmp& qmp) {
   const nlohmann::json status = VMSNAP_TRY(qmp.execute("query-status"));
-  return status.is_object() && status.value("running", false);
+  if (const auto running = flag_of(status, "running")) return *running;
+  return fail(ErrorCode::vm, "query-status does not tell whether the VM runs");
 }
 
 // One parking, from the first look at the VM to its page server.
@@ -43,7 +45,7 @@ class Parking {
   Status capture();
   Status attach();
   Status drop();
-  Status serve(RestorePhase phase);
+  Status serve();
   Status undo();
   Error after_failure(Error error);
   void print_summary() const;
@@ -94,7 +96,11 @@ Status Parking::capture() {
   vm_->image = VMSNAP_TRY(
       open_image({vm_->record.image, {.directory = {}, .key = options_.image.store.key}, {}}));
   vm_->record.image_id = vm_->image->info().id;
-  if (vm_->record.image_id == taken.id) return {};
+  if (vm_->record.image_id == taken.id) {
+    // Somebody may have resumed or paused it since we looked: who captured knows.
+    vm_->record.resume = VMSNAP_TRY(vm_record_from_json(vm_->image->info().source)).was_running;
+    return vm_->dir.write(vm_->record);
+  }
   return fail(ErrorCode::damaged, "{} is not the image that was made ({}, not {})",
               vm_->record.image, vm_->record.image_id, taken.id);
 }
@@ -138,10 +144,10 @@ Status Parking::drop() {
   return {};
 }
 
-Status Parking::serve(RestorePhase phase) {
+Status Parking::serve() {
   VMSNAP_CHECK(thaw_memory(vm_->uffd, vm_->record.ranges, vm_->marks));
   VMSNAP_TEST_POINT("park.thawed");
-  vm_->record.phase = phase;
+  vm_->record.phase = RestorePhase::parked;
   VMSNAP_CHECK(vm_->dir.write(vm_->record));
   server_ = VMSNAP_TRY(serve_in_background(*vm_));
   return {};
@@ -163,8 +169,9 @@ Error Parking::after_failure(Error error) {
   if (!was_dropped_) {
     undone = undo();
   } else {
-    undone = serve(RestorePhase::running);
-    if (undone && vm_->record.resume) undone = resume_vm(vm_->record.qmp);
+    // As one that is parked, so that `unpark` goes on with what fails here.
+    undone = serve();
+    if (undone) undone = unpark_by_server(vm_->dir.path(), vm_->record);
   }
   if (!vm_->process.alive()) vm_->dir.undo();  // there is nothing to take over
   if (undone || !vm_->process.alive()) return error;
@@ -203,7 +210,7 @@ Status Parking::run() {
   Status done = capture();
   if (done) done = attach();
   if (done) done = drop();
-  if (done) done = serve(RestorePhase::parked);
+  if (done) done = serve();
   if (!done) return tl::unexpected(after_failure(std::move(done).error()));
   print_summary();
   return {};

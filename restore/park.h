@@ -15,6 +15,7 @@
 
 #include "formats/command.h"
 #include "formats/store/image_argument.h"
+#include "restore/run_dir.h"
 
 namespace vmsnap {
 
@@ -59,5 +60,9 @@ struct UnparkOptions {
 // Returns when the VM runs, or is left paused if it was, and its pages are
 // being loaded in the background. Must be called while the process has one thread.
 Status unpark_vm(const UnparkOptions& options, CommandContext& context);
+
+// The same by its page server, which waits for that. ErrorCode::vm if there is none
+// that does: reattach_vm() starts one. Waits for its answer, 10 seconds at most.
+Status unpark_by_server(const std::string& run_dir, const RestoreRecord& record);
 
 }  // namespace vmsnap

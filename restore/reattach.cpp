@@ -75,7 +75,8 @@ Status end_parking(const RunDir& dir, RestoreRecord& record, const Process& proc
 Status resume_vm(const std::string& qmp_socket) {
   Qmp qmp = VMSNAP_TRY(Qmp::connect(qmp_socket));
   const nlohmann::json status = VMSNAP_TRY(qmp.execute("query-status"));
-  if (status.is_object() && !status.value("running", false)) VMSNAP_TRY(qmp.execute("cont"));
+  // To resume one that runs does nothing.
+  if (!flag_of(status, "running").value_or(false)) VMSNAP_TRY(qmp.execute("cont"));
   return {};
 }
 

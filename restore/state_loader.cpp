@@ -26,14 +26,15 @@ Result<Fd> as_file(std::span<const std::byte> state) {
 
 Result<bool> is_loaded(Qmp& qmp) {
   const nlohmann::json migration = VMSNAP_TRY(qmp.execute("query-migrate"));
-  const std::string status = migration.is_object() ? migration.value("status", "") : "";
+  const std::string status = text_of(migration, "status");
   if (status == "failed") {
+    const std::string why = text_of(migration, "error-desc");
     return fail(ErrorCode::vm, "QEMU refused the device state: {}",
-                migration.value("error-desc", "it gave no reason"));
+                why.empty() ? "it gave no reason" : why);
   }
   if (status != "completed") return false;
   const nlohmann::json vm = VMSNAP_TRY(qmp.execute("query-status"));
-  return !vm.is_object() || vm.value("status", "") != "inmigrate";
+  return text_of(vm, "status") != "inmigrate";
 }
 
 }  // namespace

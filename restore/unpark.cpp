@@ -7,7 +7,6 @@
 #include <thread>
 
 #include "formats/elapsed.h"
-#include "formats/interrupt.h"
 #include "formats/json.h"
 #include "formats/test_point.h"
 #include "restore/park.h"
@@ -48,10 +47,13 @@ Result<Fd> server_of(const std::string& run_dir) {
   return fail_errno(errno, "cannot open {}", name);
 }
 
-enum class Told { done, server_died };
+enum class Told { done, no_server };
 
-// The guest first: its faults are served already.
-Result<Told> tell_server(const std::string& run_dir, const RestoreRecord& record, Fd control) {
+// The guest first: its faults are served already. A signal does not end the waiting,
+// which is short: it may be what we are here for.
+Result<Told> tell_server(const std::string& run_dir, const RestoreRecord& record) {
+  Fd control = VMSNAP_TRY(server_of(run_dir));
+  if (!control) return Told::no_server;
   if (record.resume) VMSNAP_CHECK(resume_vm(record.qmp));
   VMSNAP_TEST_POINT("unpark.resumed");
   constexpr char word = 'u';
@@ -65,9 +67,8 @@ Result<Told> tell_server(const std::string& run_dir, const RestoreRecord& record
     if (VMSNAP_TRY(read_restore_record(run_dir)).phase != RestorePhase::parked) return Told::done;
     if (!VMSNAP_TRY(server_of(run_dir))) {
       // It took the word a moment ago, or it is dead.
-      if (RunDir::open(run_dir)) return Told::server_died;
+      if (RunDir::open(run_dir)) return Told::no_server;
     }
-    VMSNAP_CHECK(check_interrupted());
     std::this_thread::sleep_for(std::chrono::milliseconds(2));
   }
   return tl::unexpected(
@@ -76,6 +77,11 @@ Result<Told> tell_server(const std::string& run_dir, const RestoreRecord& record
 }
 
 }  // namespace
+
+Status unpark_by_server(const std::string& run_dir, const RestoreRecord& record) {
+  if (VMSNAP_TRY(tell_server(run_dir, record)) == Told::done) return {};
+  return fail(ErrorCode::vm, "no page server waits in {}", run_dir);
+}
 
 Status unpark_vm(const UnparkOptions& options, CommandContext& context) {
   const auto started = std::chrono::steady_clock::now();
@@ -86,9 +92,8 @@ Status unpark_vm(const UnparkOptions& options, CommandContext& context) {
     return tl::unexpected(Error(ErrorCode::usage, fmt::format("{} is of a restored VM", run_dir))
                               .with_remedy("See vmsnap restore --reattach."));
   }
-  Fd control = VMSNAP_TRY(server_of(run_dir));
-  if (control && record.phase == RestorePhase::parked &&
-      VMSNAP_TRY(tell_server(run_dir, record, std::move(control))) == Told::done) {
+  if (record.phase == RestorePhase::parked &&
+      VMSNAP_TRY(tell_server(run_dir, record)) == Told::done) {
     const double ms = ms_since(started);
     if (options.json) {
       const nlohmann::json summary = {{"run_dir", run_dir},

@@ -10,6 +10,7 @@
 #include <sys/types.h>
 
 #include <chrono>
+#include <optional>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -68,5 +69,7 @@ class Qmp {
 
 // A text in an object of an answer; empty if it is not there, or is none.
 std::string text_of(const nlohmann::json& object, const char* key);
+// The same of a boolean.
+std::optional<bool> flag_of(const nlohmann::json& object, const char* key);
 
 }  // namespace vmsnap
