@@ -235,13 +235,20 @@ Result<RestoreRecord> read_restore_record(const std::string& run_dir) {
 }
 
 Status check_ranges(const RestoreRecord& record, uint64_t image_pages) {
-  for (const ServedRange& range : record.ranges) {
-    if (range.first_page > image_pages || range.page_count() > image_pages - range.first_page) {
-      return fail(ErrorCode::damaged, "restore.json: range '{}' is not within the image",
+  std::vector<ServedRange> ranges = record.ranges;
+  std::ranges::sort(ranges, {}, &ServedRange::first_page);
+  // Memory that is in none would be zeros once the others are there.
+  uint64_t covered = 0;
+  for (const ServedRange& range : ranges) {
+    if (range.first_page != covered || range.page_count() > image_pages - covered) {
+      return fail(ErrorCode::damaged, "restore.json: range '{}' is not where it is in the image",
                   range.name);
     }
+    covered += range.page_count();
   }
-  return {};
+  if (covered == image_pages) return {};
+  return fail(ErrorCode::damaged, "restore.json: its ranges are {} of the image's {} pages", covered,
+              image_pages);
 }
 
 Result<std::unique_ptr<ImageReader>> open_recorded_image(const std::string& path,

@@ -70,7 +70,7 @@ Result<RestoreRecord> restore_record_from_json(const nlohmann::json& json);
 
 // Of the VM whose run directory that is. ErrorCode::damaged as above.
 Result<RestoreRecord> read_restore_record(const std::string& run_dir);
-// ErrorCode::damaged for a range that is not within an image of so many pages.
+// ErrorCode::damaged unless the ranges are all of an image of so many pages, each once.
 Status check_ranges(const RestoreRecord& record, uint64_t image_pages);
 // The image that a VM was restored from, by its recorded path and id.
 // ErrorCode::damaged when another one is there now.

@@ -53,6 +53,22 @@ TEST(RestoreRecordTest, ComesBackAsItWas) {
   EXPECT_FALSE(read->record_working_set);
 }
 
+// Memory that no range has would read as zeros.
+TEST(RestoreRecordTest, TheRangesAreAllOfTheImage) {
+  RestoreRecord record = some_record();
+  EXPECT_TRUE(check_ranges(record, 4 + 512));
+  std::swap(record.ranges[0], record.ranges[1]);
+  EXPECT_TRUE(check_ranges(record, 4 + 512));
+  for (const uint64_t pages : {515, 517}) EXPECT_FALSE(check_ranges(record, pages)) << pages;
+  record.ranges[1].first_page = 1;
+  EXPECT_FALSE(check_ranges(record, 4 + 512));
+  record.ranges.pop_back();
+  EXPECT_EQ(check_ranges(record, 512).error().code(), ErrorCode::damaged);
+  EXPECT_FALSE(check_ranges(record, 4 + 512));
+  record.ranges.clear();
+  EXPECT_FALSE(check_ranges(record, 4 + 512));
+}
+
 TEST(RestoreRecordTest, EveryFieldIsChecked) {
   const auto error_with = [](const char* path, const nlohmann::json& value) {
     nlohmann::json json = to_json(some_record());
