@@ -41,7 +41,8 @@ bool may_talk_to(int socket) {
 }  // namespace
 
 FillAnswer ask_for_fill(const Process& vm) {
-  const Fd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  // Where others wait already, this is not to wait behind them: connect(2) would.
+  const Fd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   const AbstractAddress to = address_of(vm);
   if (!socket ||
       ::connect(socket.get(), reinterpret_cast<const sockaddr*>(&to.address), to.length) < 0 ||

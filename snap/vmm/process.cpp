@@ -78,8 +78,15 @@ Result<Process> Process::open(pid_t pid) {
 }
 
 bool Process::wait_for_end(std::chrono::milliseconds limit) const {
+  using Clock = std::chrono::steady_clock;
+  const auto deadline = Clock::now() + limit;
   pollfd exited = {pidfd_.get(), POLLIN, 0};
-  return ::poll(&exited, 1, static_cast<int>(limit.count())) != 0;
+  for (;;) {
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now());
+    const int ready = ::poll(&exited, 1, static_cast<int>(std::max<int64_t>(left.count(), 0)));
+    // A signal is not its end.
+    if (ready >= 0 || errno != EINTR) return ready > 0;
+  }
 }
 
 void Process::kill() const { ::syscall(SYS_pidfd_send_signal, pidfd_.get(), SIGKILL, nullptr, 0); }

@@ -4,7 +4,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <thread>
+#include <vector>
 
 namespace vmsnap {
 namespace {
@@ -27,6 +30,27 @@ TEST(FillRequest, IsAnsweredOnceAsked) {
     asking.join();
     EXPECT_EQ(got, wanted);
   }
+}
+
+// A page server that stands still, and a snapshot after the other that asked it.
+TEST(FillRequest, NobodyWaitsBehindOthers) {
+  const Process self = *Process::open(::getpid());
+  auto requests = FillRequests::listen(self);
+  ASSERT_TRUE(requests);
+  std::vector<std::thread> asking;
+  std::atomic<int> done = 0;
+  for (int i = 0; i < 12; ++i) {
+    asking.emplace_back([&] {
+      EXPECT_EQ(ask_for_fill(self), FillAnswer::nobody);
+      ++done;
+    });
+  }
+  for (int tries = 0; done < 12 && tries < 60000; ++tries) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_EQ(done, 12);
+  while (done < 12) requests->answer(FillAnswer::parked);
+  for (std::thread& thread : asking) thread.join();
 }
 
 // The name is free for anybody to take, and anybody can connect.
