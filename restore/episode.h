@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <string>
 #include <string_view>
 
 #include "formats/error.h"
@@ -25,7 +26,8 @@ class Episode {
   std::atomic<std::chrono::steady_clock::rep> last_ = 0;  // 0: never
 };
 
-// Once an episode: why pages are missing that nobody gave up.
+// Why pages are missing that nobody gave up; and that in the log, once an episode.
+std::string delay_text(std::string_view whose, const Error& why);
 void log_delay(Episode& delay, std::string_view whose, const Error& why);
 
 }  // namespace vmsnap

@@ -1,7 +1,6 @@
 // The answers of PageServer to faults.
 
 #include "formats/damage.h"
-#include "formats/log.h"
 #include "formats/test_point.h"
 #include "restore/page_server.h"
 
@@ -31,7 +30,7 @@ Result<PageServer::Answer> PageServer::answer(const Fault& fault, std::span<std:
   if (marks_.wanted(first_page)) {
     has_data = read_unit(range, first_page, buffer.first(range.unit));
     if (!has_data && !is_lasting(has_data.error())) {
-      log_delay(delay_, options_.vm, has_data.error());
+      if (delay_.begins()) say(delay_text(options_.vm, has_data.error()));
       return Answer::later;
     }
     if (!has_data) return give_up(range, first_page, has_data.error().message());
@@ -98,9 +97,9 @@ Result<Uffd::Copied> PageServer::put(size_t range, RemotePtr at, std::span<const
     const auto copied = VMSNAP_TRY(uffd_.copy(at, bytes, CopyMode::write_protected));
     if (copied.outcome != CopyOutcome::cannot_protect) return copied;
     if (protect_[range].exchange(false)) {
-      log_line(LogLevel::error, fmt::format("{}: {} is not registered for write protection "
-                                            "(UFFDIO_REGISTER_MODE_WP); its pages arrive without",
-                                            options_.vm, ranges_[range].name));
+      say(fmt::format("{}: {} is not registered for write protection "
+                      "(UFFDIO_REGISTER_MODE_WP); its pages arrive without",
+                      options_.vm, ranges_[range].name));
     }
   }
   return uffd_.copy(at, bytes);
@@ -139,9 +138,7 @@ Result<PageServer::Answer> PageServer::give_up(const ServedRange& range, uint64_
   bool poisoned = false;
   if (VMSNAP_TRY(poison(range, first_page, &poisoned)) == Answer::again) return Answer::again;
   unreadable_.insert(first_page);
-  log_line(
-      LogLevel::error,
-      fmt::format("{}: {} at offset {:#x} of {} cannot be read back: {}. {}", options_.vm,
+  say(fmt::format("{}: {} at offset {:#x} of {} cannot be read back: {}. {}", options_.vm,
                   range.unit == page_size ? "the page" : "the huge page",
                   (first_page - range.first_page) * page_size, range.name, why,
                   poisoned ? "It is poisoned: touching it is a memory error."

@@ -14,6 +14,7 @@
 #include <cerrno>
 
 #include "formats/log.h"
+#include "formats/thread.h"
 #include "restore/page_server.h"
 #include "restore/removals.h"
 
@@ -27,11 +28,19 @@ constexpr size_t events_at_once = 16;
 
 }  // namespace
 
-Status PageServer::start_answerers() {
-  for (unsigned i = 0; i < std::max(1u, options_.fault_threads); ++i) {
-    answerers_.emplace_back([this] { run_answerer(); });
+// One can do it all, only slower. Without any, whoever touches a page waits as for one
+// that cannot be read now.
+void PageServer::start_answerers() {
+  while (answerers_.size() < std::max(1u, options_.fault_threads)) {
+    auto answerer = start_thread([this] { run_answerer(); });
+    if (answerer) {
+      answerers_.push_back(*std::move(answerer));
+      continue;
+    }
+    if (!answerers_.empty() || stop_.load() || vm_is_gone()) return;
+    log_delay(delay_, options_.vm, answerer.error());
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
   }
-  return {};
 }
 
 void PageServer::end_answerers() {
@@ -97,7 +106,9 @@ Result<ServeEnd> PageServer::watch_until_end() {
     const auto timeout_ms = static_cast<int>((watch_reader() ? patience : seldom).count());
     pollfd fds[2] = {{called_.get(), POLLIN, 0}, {options_.pidfd, POLLIN, 0}};
     const int ready = ::poll(fds, 2, timeout_ms);
-    if (ready < 0 && errno != EINTR) return fail_errno(errno, "cannot wait for page faults");
+    const int why = errno;
+    tell();
+    if (ready < 0 && why != EINTR) return fail_errno(why, "cannot wait for page faults");
     if (stop_.load() || fds[1].revents) {
       return vm_is_gone() ? ServeEnd::vm_gone : ServeEnd::stopped;
     }
@@ -112,6 +123,24 @@ Result<ServeEnd> PageServer::watch_until_end() {
     if (vm_is_gone()) return ServeEnd::vm_gone;
     looked = Clock::now();
   }
+}
+
+void PageServer::say(std::string line) {
+  {
+    std::lock_guard lock(said_mutex_);
+    said_.push_back(std::move(line));
+  }
+  wake(called_);
+}
+
+// By the thread in serve(); may block.
+void PageServer::tell() {
+  std::vector<std::string> lines;
+  {
+    std::lock_guard lock(said_mutex_);
+    lines.swap(said_);
+  }
+  for (const std::string& line : lines) log_line(LogLevel::error, line);
 }
 
 // Called again and again by the thread in serve(), which need not come back
@@ -131,7 +160,9 @@ bool PageServer::watch_reader() {
   }
   if (unchanged < patience) return true;
   std::lock_guard lock(queue_mutex_);
-  if (idle_answerers_ == 0) return true;
+  // Who answers from the queue looks for the role before the next one: where all wait
+  // for a removal to be read (EAGAIN), nobody is ever idle.
+  if (idle_answerers_ == 0 && queue_.empty()) return true;
   if (turn_.compare_exchange_strong(turn, turn + 1)) {
     free_turn_ = turn + 1;
     queue_changed_.notify_one();
@@ -211,8 +242,8 @@ std::optional<PageServer::Fault> PageServer::fault_of(const UffdEvent& event) {
   size_t index;
   if (!find_range(event.address, &index)) {
     // A VMM that registered more than it told of. It waits for ever, alone.
-    log_warning("{} touched {:#x}, which is in no region that it announced", options_.vm,
-                event.address.address());
+    say(fmt::format("{} touched {:#x}, which is in no region that it announced", options_.vm,
+                    event.address.address()));
     return std::nullopt;
   }
   const ServedRange& range = ranges_[index];

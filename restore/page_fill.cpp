@@ -33,7 +33,7 @@ constexpr auto between_rounds = std::chrono::seconds(2);
 Status PageServer::fill_some() {
   stalled_ = false;
   if (!wants_fill() || ms_to_fill() > 0) return {};
-  if (!source_) VMSNAP_CHECK(start_source());
+  if (!source_ && !start_source()) return {};
   const bool faulted = Clock::now() - last_fault_ < recent;
   VMSNAP_CHECK(fill(faulted ? small_piece : large_piece));
   if (!nothing_left()) return {};
@@ -91,10 +91,18 @@ Status PageServer::wait_for_work() {
   return {};
 }
 
-Status PageServer::start_source() {
-  source_ = VMSNAP_TRY(PageSource::start(reader_, marks_, ranges_, options_.prefetch,
-                                         options_.decoder_threads));
-  return {};
+// False: there is no room for one now. Faults go on being answered, so this is no
+// reason to end.
+bool PageServer::start_source() {
+  auto source = PageSource::start(reader_, marks_, ranges_, options_.prefetch,
+                                  options_.decoder_threads);
+  if (source) {
+    source_ = *std::move(source);
+    return true;
+  }
+  if (delay_.begins()) say(delay_text(options_.vm, source.error()));
+  fill_again_at_ = Clock::now() + between_rounds;
+  return false;
 }
 
 // Copies about `budget` pages of what is decoded, or all there is.
@@ -129,7 +137,7 @@ Result<uint64_t> PageServer::fill_piece(uint64_t budget) {
     case State::later:
       lock.unlock();
       skipped_ = true;
-      log_delay(delay_, options_.vm, *extent_->delayed);
+      if (delay_.begins()) say(delay_text(options_.vm, *extent_->delayed));
       return piece.pages;
     case State::unreadable:
       lock.unlock();

@@ -58,6 +58,7 @@ PageServerCounters PageServer::counters() const {
 Result<ServeEnd> PageServer::serve() {
   Result<ServeEnd> end = run();
   end_answerers();
+  tell();
   source_.reset();  // before anything it refers to goes
   if (failed_) end = tl::unexpected(*failed_);
   // A removal that came since the last of them looked: who removes waits for it
@@ -71,7 +72,7 @@ Result<ServeEnd> PageServer::serve() {
 
 Result<ServeEnd> PageServer::run() {
   VMSNAP_CHECK(prepare());
-  VMSNAP_CHECK(start_answerers());
+  start_answerers();
   return watch_until_end();
 }
 

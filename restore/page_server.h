@@ -141,7 +141,7 @@ class PageServer {
   bool vm_is_gone() const;
 
   // Events (page_events.cpp).
-  Status start_answerers();
+  void start_answerers();
   void end_answerers();
   void run_answerer();
   Status answer_until_halted();
@@ -154,6 +154,8 @@ class PageServer {
   void queue_faults(std::span<const Fault> faults);
   void postpone(const Fault& fault);
   Result<std::optional<Fault>> read_fault();
+  void say(std::string line);
+  void tell();
   std::optional<Fault> fault_of(const UffdEvent& event);
   void note_removals(const std::vector<UffdEvent>& events);
 
@@ -178,7 +180,7 @@ class PageServer {
   bool wants_fill() const;
   int ms_to_fill() const;
   Status wait_for_work();
-  Status start_source();
+  bool start_source();
   Status fill(uint64_t budget);
   Result<uint64_t> fill_piece(uint64_t budget);
   Piece next_piece(uint64_t unit_pages, uint64_t budget) const;
@@ -215,6 +217,11 @@ class PageServer {
   std::unordered_set<uint64_t> unreadable_;       // first pages of units already given up
   std::vector<RemoteRange> left_missing_;         // those that could not be poisoned
   std::unique_ptr<std::atomic<bool>[]> protect_;  // of each range: arrives write-protected
+
+  // What is to be logged. By the thread in serve(): a terminal that is stopped (Ctrl-S),
+  // or a pipe that is full, must not hold up the guest.
+  std::mutex said_mutex_;
+  std::vector<std::string> said_;
 
   // Of the thread in serve().
   uint64_t watched_turn_ = 0;

@@ -12,6 +12,7 @@
 
 #include "formats/damage.h"
 #include "formats/store/recorded_working_set.h"
+#include "formats/thread.h"
 
 namespace vmsnap {
 
@@ -60,11 +61,27 @@ Result<std::unique_ptr<PageSource>> PageSource::start(const ImageReader& reader,
     source->free_.push_back(slot.get());
     source->slots_.push_back(std::move(slot));
   }
-  source->decoders_running_ = threads;
-  for (unsigned i = 0; i < threads; ++i) {
-    source->threads_.emplace_back([s = source.get()] { s->run_decoder(); });
-  }
+  VMSNAP_CHECK(source->start_decoders(threads));
   return source;
+}
+
+Status PageSource::start_decoders(unsigned count) {
+  while (threads_.size() < count) {
+    {
+      std::lock_guard lock(queue_mutex_);
+      ++decoders_running_;
+    }
+    auto thread = start_thread([this] { run_decoder(); });
+    if (thread) {
+      threads_.push_back(*std::move(thread));
+      continue;
+    }
+    std::lock_guard lock(queue_mutex_);
+    --decoders_running_;
+    if (threads_.empty()) return tl::unexpected(std::move(thread).error());
+    break;  // then with fewer
+  }
+  return {};
 }
 
 PageSource::~PageSource() {

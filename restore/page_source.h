@@ -107,6 +107,7 @@ class PageSource {
       : reader_(reader), marks_(marks), ranges_(ranges), prefetch_(prefetch) {}
 
   void order_working_set();
+  Status start_decoders(unsigned count);
   void run_decoder();
   bool claim(DecodedExtent& extent);
   bool claim_of_rest(DecodedExtent& extent);

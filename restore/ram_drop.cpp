@@ -19,6 +19,7 @@
 #include "formats/interrupt.h"
 #include "formats/processors.h"
 #include "formats/test_point.h"
+#include "formats/thread.h"
 #include "restore/removals.h"
 #include "snap/vmm/injector.h"
 #include "snap/vmm/pagemap.h"
@@ -256,15 +257,18 @@ Status compare_memory(const Process& process, const ImageReader& image, const Gu
     return {};
   };
   std::vector<Status> ended(default_threads());
-  {
-    std::vector<std::jthread> threads;
-    for (Status& end : ended) {
-      threads.emplace_back([&] {
-        end = work();
-        if (!end) failed = true;
-      });
-    }
+  const auto work_as = [&](size_t i) {
+    ended[i] = work();
+    if (!ended[i]) failed = true;
+  };
+  std::vector<std::thread> threads;
+  while (threads.size() + 1 < ended.size()) {
+    auto thread = start_thread([&work_as, i = threads.size() + 1] { work_as(i); });
+    if (!thread) break;  // then with fewer
+    threads.push_back(*std::move(thread));
   }
+  work_as(0);
+  for (std::thread& thread : threads) thread.join();
   for (Status& end : ended) VMSNAP_CHECK(std::move(end));
   return {};
 }
@@ -274,25 +278,32 @@ namespace {
 // Reads events in a thread of its own, while a thread of the VMM waits for that.
 class EventDrain {
  public:
-  EventDrain(const Uffd& uffd, const std::vector<ServedRange>& ranges, PageMarks& marks)
-      : thread_([&uffd, &ranges, &marks, this](const std::stop_token& stop) {
-          while (!stop.stop_requested() && ended_) {
-            pollfd event = {uffd.fd(), POLLIN, 0};
-            if (::poll(&event, 1, 10) <= 0) continue;
-            VMSNAP_TEST_POINT("park.removing");
-            ended_ = drain_events(uffd, ranges, marks);
-          }
-        }) {}
+  EventDrain() = default;
+  EventDrain(const EventDrain&) = delete;
+  EventDrain& operator=(const EventDrain&) = delete;
+  ~EventDrain() { (void)end(); }
 
+  Status start(const Uffd& uffd, const std::vector<ServedRange>& ranges, PageMarks& marks) {
+    thread_ = VMSNAP_TRY(start_thread([&uffd, &ranges, &marks, this] {
+      while (!stopped_ && ended_) {
+        pollfd event = {uffd.fd(), POLLIN, 0};
+        if (::poll(&event, 1, 10) <= 0) continue;
+        VMSNAP_TEST_POINT("park.removing");
+        ended_ = drain_events(uffd, ranges, marks);
+      }
+    }));
+    return {};
+  }
   Status end() {
-    thread_.request_stop();
-    thread_.join();
+    stopped_ = true;
+    if (thread_.joinable()) thread_.join();
     return ended_;
   }
 
  private:
   Status ended_;
-  std::jthread thread_;
+  std::atomic<bool> stopped_ = false;
+  std::thread thread_;
 };
 
 }  // namespace
@@ -341,7 +352,8 @@ Status drop_memory(const Process& process, const Uffd& uffd, const GuestMemory& 
     }
     return 0;
   };
-  EventDrain drain(uffd, ranges, marks);
+  EventDrain drain;
+  VMSNAP_CHECK(drain.start(uffd, ranges, marks));
   const Result<int64_t> dropped = run_injected(process, errand, [&](int64_t i) -> int64_t {
     about_to_drop(private_windows[static_cast<size_t>(i)]);
     return go_on;

@@ -14,9 +14,11 @@
 #include <system_error>
 #include <thread>
 
+#include "formats/descriptor_limit.h"
 #include "formats/file.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
+#include "formats/thread.h"
 #include "restore/episode.h"
 #include "restore/firecracker.h"
 #include "restore/page_server.h"
@@ -77,14 +79,21 @@ Peer peer_of(int socket) {
 // One VMM, from its connection to its end.
 class Session {
  public:
-  Session(Fd connection, const ImageReader& image, const ServeOptions& options)
-      : connection_(std::move(connection)),
-        image_(image),
-        options_(options),
-        thread_([this] { run(); }) {}
+  // Takes the connection only if it succeeds.
+  static Result<std::unique_ptr<Session>> start(Fd& connection, const ImageReader& image,
+                                                const ServeOptions& options) {
+    std::unique_ptr<Session> session(new Session(std::move(connection), image, options));
+    auto thread = start_thread([s = session.get()] { s->run(); });
+    if (!thread) {
+      connection = std::move(session->connection_);
+      return tl::unexpected(std::move(thread).error());
+    }
+    session->thread_ = *std::move(thread);
+    return session;
+  }
   ~Session() {
     stop();
-    thread_.join();
+    if (thread_.joinable()) thread_.join();
   }
 
   bool ended() const { return ended_.load(); }
@@ -97,6 +106,9 @@ class Session {
   }
 
  private:
+  Session(Fd connection, const ImageReader& image, const ServeOptions& options)
+      : connection_(std::move(connection)), image_(image), options_(options) {}
+
   void run() {
     const Peer peer = peer_of(connection_.get());
     const Status served = serve(peer);
@@ -160,7 +172,8 @@ class SessionList {
   // again at once.
   Result<bool> accept_all(int listener, const ImageReader& image, const ServeOptions& options) {
     while (sessions_.size() < limit) {
-      Fd connection(::accept4(listener, nullptr, nullptr, SOCK_CLOEXEC));
+      Fd connection = std::exchange(waiting_, Fd());
+      if (!connection) connection = Fd(::accept4(listener, nullptr, nullptr, SOCK_CLOEXEC));
       if (!connection) {
         if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED) return true;
         if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
@@ -169,7 +182,14 @@ class SessionList {
         }
         return fail_errno(errno, "cannot accept a connection");
       }
-      sessions_.push_back(std::make_unique<Session>(std::move(connection), image, options));
+      auto session = Session::start(connection, image, options);
+      if (!session) {
+        // To hang up would not help it: it does not look, and waits for its pages.
+        waiting_ = std::move(connection);
+        say_full(session.error().message(), "Raise the limit of threads");
+        return false;
+      }
+      sessions_.push_back(*std::move(session));
     }
     say_full(fmt::format("{} are here, which is all there can be", limit), "End some");
     return false;
@@ -199,6 +219,7 @@ class SessionList {
   }
 
   std::list<std::unique_ptr<Session>> sessions_;
+  Fd waiting_;  // a connection that there was no thread for
   Episode full_;
   uint64_t unreadable_ = 0;
 };
@@ -222,6 +243,7 @@ Status serve(const ServeOptions& options, CommandContext& context) {
   context.out << fmt::format("serving {} ({} pages) on {}\n", image->path(), image->page_count(),
                              options.socket)
               << std::flush;
+  const MoreDescriptors some_for_each_vmm;
   SessionList sessions;
   bool has_room = true;
   for (;;) {

@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <filesystem>
 #include <functional>
+#include <optional>
 
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
@@ -17,6 +18,7 @@
 #include "formats/store/image_argument.h"
 #include "formats/store/recorded_working_set.h"
 #include "formats/test_point.h"
+#include "formats/thread.h"
 #include "formats/working_set_file.h"
 #include "restore/background.h"
 #include "restore/privileges.h"
@@ -47,10 +49,16 @@ std::unique_ptr<Serving> Serving::start(ServedVm& vm) {
   std::unique_ptr<Serving> serving(new Serving());
   serving->server_ = std::make_unique<PageServer>(vm.uffd, *vm.image, vm.marks, vm.record.ranges,
                                                   std::move(options));
-  serving->thread_ = std::thread([s = serving.get()] {
+  auto thread = start_thread([s = serving.get()] {
     s->end_ = s->server_->serve();
     s->ended_.store(true);
   });
+  if (thread) {
+    serving->thread_ = *std::move(thread);
+  } else {
+    serving->end_ = tl::unexpected(std::move(thread).error());
+    serving->ended_.store(true);
+  }
   return serving;
 }
 
@@ -282,9 +290,11 @@ Result<pid_t> serve_in_background(ServedVm& vm) {
   if (::pipe2(ends, O_CLOEXEC) < 0) return cannot("cannot make a pipe");
   const Fd hear(ends[0]);
   Fd tell(ends[1]);
+  std::optional<HeldSignals> held(std::in_place);
   const pid_t child = ::fork();
   if (child < 0) return cannot("cannot start a background process");
   if (child > 0) {
+    held.reset();
     tell.reset();
     VMSNAP_CHECK(wait_until_it_serves(vm, hear.get()));
     return child;
@@ -293,6 +303,7 @@ Result<pid_t> serve_in_background(ServedVm& vm) {
   VMSNAP_TEST_POINT("background.start");
   // One that records writes that down first.
   if (vm.recorder) ::signal(SIGTERM, [](int) { told_to_end = 1; });
+  held.reset();
   vm.record.server_pid = ::getpid();
   Status written = vm.dir.write(vm.record);
   if (!written) log_warning("{}", written.error().message());

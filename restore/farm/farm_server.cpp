@@ -9,6 +9,7 @@
 #include <cerrno>
 
 #include "formats/log.h"
+#include "formats/thread.h"
 #include "restore/removals.h"
 
 namespace vmsnap {
@@ -57,9 +58,10 @@ Status FarmServer::prepare() {
 
 Status FarmServer::start() {
   for (unsigned i = thread_count(options_.threads); i > 0; --i) {
-    threads_.emplace_back([this] { run_thread(); });
+    threads_.push_back(VMSNAP_TRY(start_thread([this] { run_thread(); })));
   }
-  if (options_.prefetch != Prefetch::none) threads_.emplace_back([this] { run_prefetch(); });
+  if (options_.prefetch == Prefetch::none) return {};
+  threads_.push_back(VMSNAP_TRY(start_thread([this] { run_prefetch(); })));
   return {};
 }
 

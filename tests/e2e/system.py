@@ -127,16 +127,17 @@ def remove_folder(path):
     shutil.rmtree(path, ignore_errors=True)
 
 
-class MemoryGroup:
-    """A cgroup that counts and limits memory, of the second or the first version."""
+class Cgroup:
+    """One of a controller, of the second or the first version."""
 
-    def __init__(self, world):
+    def __init__(self, world, controller):
+        self._controller = controller
         mounts = [line.split() for line in pathlib.Path("/proc/mounts").read_text().splitlines()]
         roots = [(pathlib.Path(mount[1]), mount[2]) for mount in mounts
-                 if (mount[2] == "cgroup" and "memory" in mount[3].split(","))
-                 or (mount[2] == "cgroup2" and "memory" in
+                 if (mount[2] == "cgroup" and controller in mount[3].split(","))
+                 or (mount[2] == "cgroup2" and controller in
                      (pathlib.Path(mount[1]) / "cgroup.subtree_control").read_text())]
-        harness.need(roots, "cgroup", "no cgroup can limit memory")
+        harness.need(roots, "cgroup", f"no cgroup can limit {controller}")
         root, kind = roots[0]
         self._second = kind == "cgroup2"
         self.path = root / world.folder.name
@@ -151,7 +152,7 @@ class MemoryGroup:
         for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if (kind == "cgroup2") == (controllers == "") and (
-                    kind == "cgroup2" or "memory" in controllers.split(",")):
+                    kind == "cgroup2" or self._controller in controllers.split(",")):
                 return path
         return "/"
 
@@ -167,6 +168,29 @@ class MemoryGroup:
             yield
         finally:
             (self._before / "cgroup.procs").write_text(str(os.getpid()))
+
+
+class TaskGroup(Cgroup):
+    """In which there are so many processes and threads, and no more."""
+
+    def __init__(self, world):
+        super().__init__(world, "pids")
+
+    @contextlib.contextmanager
+    def allowing(self, count):
+        """What is started meanwhile is in it; `count` is beside those of the test."""
+        with self.entered():
+            ours = int((self.path / "pids.current").read_text())
+            (self.path / "pids.max").write_text(str(ours + count))
+            yield
+        (self.path / "pids.max").write_text(str(count))
+
+
+class MemoryGroup(Cgroup):
+    """That counts and limits memory."""
+
+    def __init__(self, world):
+        super().__init__(world, "memory")
 
     def limit(self, count):
         name = "memory.max" if self._second else "memory.limit_in_bytes"
