@@ -94,6 +94,8 @@ Status check_no_asynchronous_io(const Process& process) {
   }
   for (const Mapping& mapping : VMSNAP_TRY(read_memory_map_quick(process))) {
     if (mapping.path.starts_with("/[aio]")) what = "Linux AIO";
+    // One that is used without a descriptor (IORING_REGISTER_RING_FDS).
+    if (mapping.path.starts_with("anon_inode:[io_uring]")) what = "io_uring";
   }
   if (what.empty()) return {};
   return refuse(fmt::format("{} uses {}, which may write its memory while it stands still",

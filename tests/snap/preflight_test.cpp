@@ -74,6 +74,33 @@ TEST_P(AsynchronousIo, RefusesAProcessThatReadsAsynchronously) {
   EXPECT_EQ(refused.error().code(), ErrorCode::refused);
 }
 
+// One that is used by its number in the kernel's list of the thread's rings.
+TEST(Preflight, RefusesAnIoUringWithoutADescriptor) {
+  Report* report = shared_with_victim<Report>();
+  Victim victim([report] {
+    io_uring_params parameters = {};
+    const int ring = static_cast<int>(::syscall(SYS_io_uring_setup, 4, &parameters));
+    const size_t length = parameters.sq_off.array + parameters.sq_entries * sizeof(uint32_t);
+    void* queue = ring < 0 ? MAP_FAILED
+                           : ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED, ring,
+                                    IORING_OFF_SQ_RING);
+    io_uring_rsrc_update update = {.offset = ~0U, .resv = 0, .data = static_cast<uint64_t>(ring)};
+    constexpr unsigned register_ring_fds = 20;  // IORING_REGISTER_RING_FDS, Linux 5.18
+    const bool made = queue != MAP_FAILED &&
+                      ::syscall(SYS_io_uring_register, ring, register_ring_fds, &update, 1) == 1;
+    const int why = errno;
+    ::close(ring);
+    report->result = made ? 0 : why;
+    ::pause();
+    return 0;
+  });
+  wait_for(report);
+  if (report->result != 0) GTEST_SKIP() << "not on this kernel: " << std::strerror(report->result);
+  const Status refused = check_no_asynchronous_io(victim.process());
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code(), ErrorCode::refused);
+}
+
 INSTANTIATE_TEST_SUITE_P(Kinds, AsynchronousIo, ::testing::Bool(),
                          [](const auto& ring) { return ring.param ? "io_uring" : "aio"; });
 
