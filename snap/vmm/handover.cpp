@@ -33,7 +33,7 @@ constexpr uint64_t uffd_flags = O_CLOEXEC | O_NONBLOCK;
 
 // What the child asks its parent in the middle of the errand.
 constexpr int64_t thread_is_seized = -1;  // any other number: the new descriptor's
-enum Answer : int64_t { go_on = 0, close_it = 1, keep_it = 2 };
+enum Answer : int64_t { go_on = 0, close_it = 1, keep_it = 2, nobody = 3 };
 
 // How the borrowed thread makes the descriptor: its number, or -errno.
 using Maker = std::function<Result<int64_t>(RemoteThread&)>;
@@ -45,12 +45,17 @@ Result<HandedUffd> make_and_take(const Process& process, const Maker& make, Keep
   Result<Fd> taken = fail(ErrorCode::vm, "no userfaultfd came out of {}", process.describe());
   HandedUffd handed;
   const auto errand = [&](RemoteThread& thread, InjectorLink& link) -> Result<int64_t> {
-    link.ask(thread_is_seized, go_on);
+    // Whoever stood still is not to take a descriptor later, which may be another by then.
+    const auto stood_still = [&] {
+      return fail(ErrorCode::vm, "vmsnap stood still while a thread of {} waited for it",
+                  process.describe());
+    };
+    if (link.ask(thread_is_seized, nobody) == nobody) return stood_still();
     const int64_t made = VMSNAP_TRY(make(thread));
     if (made < 0) return made;
-    if (link.ask(made, close_it) == close_it) {
-      VMSNAP_TRY(thread.call(SYS_close, {static_cast<uint64_t>(made)}));
-    }
+    const int64_t answer = link.ask(made, nobody);
+    if (answer != keep_it) VMSNAP_TRY(thread.call(SYS_close, {static_cast<uint64_t>(made)}));
+    if (answer == nobody) return stood_still();
     return made;
   };
   const auto answer = [&](int64_t number) -> int64_t {

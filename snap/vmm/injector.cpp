@@ -38,6 +38,8 @@ Message error_message(const Error& error) {
   return message;
 }
 
+constexpr timeval longest_answer = {.tv_sec = 2, .tv_usec = 0};
+
 void outlive_parent() {
   become_caretaker("snapinject");
   // Being chosen by the out-of-memory killer here would cost the VM as well.
@@ -69,6 +71,7 @@ Result<int64_t> run_injected(const Process& process,
   if (child == 0) {
     ours.reset();
     outlive_parent();
+    ::setsockopt(theirs.get(), SOL_SOCKET, SO_RCVTIMEO, &longest_answer, sizeof longest_answer);
     InjectorLink link(theirs.get());
     Message last;
     {

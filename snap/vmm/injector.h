@@ -20,7 +20,8 @@ class InjectorLink {
  public:
   explicit InjectorLink(int fd) : fd_(fd) {}
   // Sends one number to the parent and waits for its answer. `otherwise` is
-  // the answer when the parent is dead.
+  // the answer when the parent is dead, or stands still (SIGSTOP) for two seconds,
+  // for which the VM's thread does: then it may get to the question yet.
   int64_t ask(int64_t number, int64_t otherwise) const;
 
  private:

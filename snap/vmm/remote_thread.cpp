@@ -111,6 +111,7 @@ RemoteThread::RemoteThread(RemoteThread&& other) noexcept
       prepared_(other.prepared_),
       stopped_(other.stopped_),
       filtered_(other.filtered_),
+      swallowed_stop_(other.swallowed_stop_),
       syscall_instruction_(other.syscall_instruction_),
       scratch_(other.scratch_),
       scratch_saved_(std::move(other.scratch_saved_)) {}
@@ -125,7 +126,14 @@ RemoteThread::~RemoteThread() {
     (void)repeat_call_cut_short(*process_, tid_, saved_);
     (void)set_registers(*process_, tid_, saved_);
   }
+  if (swallowed_stop_) ::kill(process_->pid(), SIGSTOP);
   trace(PTRACE_DETACH, tid_, 0, uint64_t{0});
+}
+
+// Of the signals it alone cannot be blocked. A step goes on without it, and whoever
+// sent it is to find the process stopped all the same.
+void RemoteThread::note_stop(int status) {
+  if (WIFSTOPPED(status) && status >> 16 == 0 && WSTOPSIG(status) == SIGSTOP) swallowed_stop_ = true;
 }
 
 // A step that did not end in time (the process is in a frozen cgroup, or has hardly any
@@ -134,6 +142,7 @@ void RemoteThread::stop_again() {
   for (;;) {
     if (!interrupt_start(*process_, tid_)) return;
     const auto status = wait_for_stop(*process_, tid_);
+    if (status) note_stop(*status);
     if (status) return;  // it stands still, or has ended
     if (!process_->alive()) return;
   }
@@ -166,6 +175,7 @@ Result<int64_t> RemoteThread::call(long number, std::initializer_list<uint64_t> 
     }
     // A stop of another kind (the VM is being stopped by job control): the step
     // is still to come.
+    note_stop(status);
     if (trace(PTRACE_SINGLESTEP, tid_, 0, uint64_t{0}) < 0) {
       return trace_error(*process_, "PTRACE_SINGLESTEP", errno);
     }

@@ -58,6 +58,7 @@ class RemoteThread {
   RemoteThread(const Process& process, pid_t tid) : process_(&process), tid_(tid) {}
   Status prepare();
   void stop_again();
+  void note_stop(int status);
 
   const Process* process_;
   pid_t tid_;  // 0 after a move
@@ -66,6 +67,7 @@ class RemoteThread {
   bool prepared_ = false;
   bool stopped_ = true;  // since it was seized, but for the time of a step
   bool filtered_ = false;
+  bool swallowed_stop_ = false;  // a SIGSTOP came while we traced: it is owed
   RemotePtr syscall_instruction_;
   RemotePtr scratch_;
   std::vector<std::byte> scratch_saved_;

@@ -136,6 +136,24 @@ def test_stopped_for_good(shared_world, guest, point):
     assert_next_run_cleans_up(shared_world, folder, "--qmp", guest.qmp_socket)
 
 
+@pytest.mark.parametrize("point", ["attach.seized", "attach.created"])
+def test_stopped_while_it_has_a_thread_of_the_vm(shared_world, guest, point):
+    """The thread is let go. We, continued, take nothing that is another's by then, but
+    try another way."""
+    folder = shared_world.directory("out")
+    run = shared_world.start_vmsnap("snapshot", "--qmp", guest.qmp_socket, "--output",
+                                    folder / "x.img", env={"VMSNAP_STOP_AT": point})
+    run.wait_stopped()
+    harness.wait_until(lambda: not checks.traced_threads(guest.pid), "the thread to be let go", limit=30)
+    run.signal(signal.SIGCONT)  # it has the monitor until then
+    run.wait().expect("ok")
+    shared_world.vmsnap("verify", folder / "x.img").expect("ok")
+    checks.assert_running(guest)
+    (folder / "x.img").unlink()
+    assert_helpers_end(shared_world)
+    assert_next_run_cleans_up(shared_world, folder, "--qmp", guest.qmp_socket)
+
+
 @pytest.fixture(name="image")
 def an_image(shared_world, guest):
     """One image for all tests here."""

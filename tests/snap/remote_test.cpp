@@ -6,10 +6,12 @@
 #include <linux/seccomp.h>
 #include <sys/epoll.h>
 #include <sys/prctl.h>
+#include <sys/time.h>
 
 #include <atomic>
 #include <cerrno>
 #include <chrono>
+#include <csignal>
 #include <thread>
 
 #include "snap/vmm/handover.h"
@@ -42,6 +44,58 @@ TEST(Injected, RunsASystemCallInTheTarget) {
       process, [](RemoteThread& thread, InjectorLink&) { return thread.call(SYS_getpid, {}); });
   ASSERT_TRUE(pid) << pid.error().message();
   EXPECT_EQ(*pid, victim.pid());
+}
+
+TEST(ProcessEnd, ASignalIsNotIt) {
+  Victim victim([] {
+    ::pause();
+    return 0;
+  });
+  struct sigaction before = {}, noted = {};
+  noted.sa_handler = [](int) {};
+  ASSERT_EQ(::sigaction(SIGALRM, &noted, &before), 0);
+  const itimerval often = {.it_interval = {0, 10000}, .it_value = {0, 10000}};
+  ::setitimer(ITIMER_REAL, &often, nullptr);
+  EXPECT_FALSE(victim.process().wait_for_end(100ms));
+  const itimerval never = {};
+  ::setitimer(ITIMER_REAL, &never, nullptr);
+  ::sigaction(SIGALRM, &before, nullptr);
+}
+
+TEST(Injected, AStopThatCameMeanwhileIsNotLost) {
+  Victim victim([] {
+    for (;;) ::pause();
+    return 0;
+  });
+  std::this_thread::sleep_for(20ms);
+  const Process process = victim.process();
+  const auto errand = [&](RemoteThread& thread, InjectorLink&) -> Result<int64_t> {
+    ::kill(victim.pid(), SIGSTOP);
+    return thread.call(SYS_getpid, {});
+  };
+  EXPECT_EQ(run_injected(process, errand).value_or(-1), victim.pid());
+  wait_until([&] { return process.status_field("State").value_or("").starts_with("T"); });
+  ::kill(victim.pid(), SIGCONT);
+  wait_until([&] { return process.status_field("State").value_or("").starts_with("S"); });
+  EXPECT_TRUE(process.alive());
+}
+
+// We, stopped by somebody, must not hold a thread of the VM.
+TEST(Injected, WhoDoesNotAnswerIsNotWaitedFor) {
+  Victim victim([] {
+    ::pause();
+    return 0;
+  });
+  std::this_thread::sleep_for(20ms);
+  const Process process = victim.process();
+  const auto errand = [](RemoteThread&, InjectorLink& link) -> Result<int64_t> {
+    return link.ask(1, /*otherwise=*/7);
+  };
+  const auto answer = [&](int64_t) -> int64_t {
+    EXPECT_TRUE(becomes_true([&] { return *process.status_field("TracerPid") == "0"; }));
+    return 8;
+  };
+  EXPECT_EQ(run_injected(process, errand, answer).value_or(-1), 7);
 }
 
 // A blocking read must not return early, and a computation must not change,
