@@ -244,8 +244,9 @@ Status FaultHandler::handle_missing(CapturedPiece& piece, uint64_t unit) {
     if (piece.piece.unit_bytes == page_size) {
       filled = VMSNAP_TRY(state_.uffd.zero(range));
     } else {
-      zeros_.resize(piece.piece.unit_bytes);
-      filled = VMSNAP_TRY(state_.uffd.copy(range.start, zeros_));
+      const uint64_t bytes = piece.piece.unit_bytes;
+      if (!zeros_ || zeros_->bytes().size() < bytes) zeros_ = VMSNAP_TRY(ZeroMemory::create(bytes));
+      filled = VMSNAP_TRY(state_.uffd.copy(range.start, zeros_->bytes().first(bytes)));
       if (filled.outcome == CopyOutcome::copied) piece.expected_blocks += piece.piece.unit_bytes / 512;
     }
     switch (filled.outcome) {

@@ -6,10 +6,11 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
-#include <vector>
+#include <optional>
 
 #include "formats/file.h"
 #include "snap/capture_state.h"
+#include "snap/zero_memory.h"
 
 namespace vmsnap {
 
@@ -86,7 +87,7 @@ class FaultHandler {
   SweepsWait sweeps_;
   Chunk* chunk_ = nullptr;        // being filled
   Ahead early_, ahead_;
-  std::vector<std::byte> zeros_;  // one hugetlb page, made when first needed
+  std::optional<ZeroMemory> zeros_;  // one hugetlb page, of the largest unit; made when first needed
 };
 
 }  // namespace vmsnap
