@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "formats/test_point.h"
+#include "formats/thread.h"
 #include "snap/thread_priority.h"
 
 namespace vmsnap {
@@ -58,13 +59,19 @@ Capture::~Capture() {
   state_->fail(Error(ErrorCode::interrupted, "the capture was given up"));
   // The guest first: this frees it, whatever our threads are doing, which may be
   // to wait for a disk that never answers. They read the descriptor's number, so
-  // it goes only after they have gone; the marks go now. Only what is ours: kernels
-  // before Linux 6.17 let one userfaultfd unregister what is another's.
-  for (size_t i = 0; i < watched_; ++i) {
+  // it goes only after they have gone; the marks go now.
+  let_go();
+  stop_threads();
+}
+
+// Frees the target, at once. Only what is ours, and once: kernels before Linux 6.17
+// let one userfaultfd unregister what is another's.
+void Capture::let_go() {
+  const size_t count = watched_.exchange(0);
+  for (size_t i = 0; i < count; ++i) {
     (void)state_->uffd.unregister_range(state_->pieces[i]->piece.range);
   }
   options_.released();
-  stop_threads();
 }
 
 void Capture::stop_threads() {
@@ -77,10 +84,18 @@ void Capture::stop_threads() {
 }
 
 Status Capture::begin(const std::function<Status()>& on_progress) {
-  fault_thread_ = std::thread([this] { faults_->run(); });
-  for (; watched_ < state_->pieces.size(); ++watched_) {
-    VMSNAP_CHECK(watch(state_->pieces[watched_]->piece));
+  // Nobody answers after a failure: then no writer is to wait for whoever notices it,
+  // who may wait for the monitor of a VM that waits for that writer.
+  fault_thread_ = VMSNAP_TRY(start_thread([this] {
+    faults_->run();
+    if (state_->failed()) let_go();
+  }));
+  for (size_t i = 0; i < state_->pieces.size(); ++i) {
+    VMSNAP_CHECK(state_->status());
+    VMSNAP_CHECK(watch(state_->pieces[i]->piece));
+    watched_ = i + 1;
   }
+  options_.watched(state_->uffd);
   VMSNAP_TEST_POINT("snapshot.registered");
   VMSNAP_CHECK(arming_->ahead(on_progress));
   if (copies_huge_pages()) state_->staging->populate();
@@ -126,9 +141,15 @@ void Capture::start() {
   state_->counters.armed_pages = armed;
   for (unsigned i = 0; i < std::max(1u, options_.workers); ++i) {
     // noexcept: an exception must not vanish in the future, and pages with it.
-    workers_.push_back(std::async(std::launch::async, [this]() noexcept {
+    auto worker = start_async([this]() noexcept {
       if (const Status worked = work(); !worked) state_->fail(worked.error());
-    }));
+    });
+    if (!worker) {
+      // Those that there are can do it all.
+      if (workers_.empty()) state_->fail(worker.error());
+      return;
+    }
+    workers_.push_back(*std::move(worker));
   }
 }
 
@@ -157,14 +178,15 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
     }
   }
   // The guest is on its own again; the rest is between us and the disk.
+  let_go();
   state_->uffd.close();
   nobody_helps.unlock();
-  options_.released();
   VMSNAP_TEST_POINT("copy.done");
   state_->staging->close();
   mend_huge_pages();
   for (const std::future<void>& worker : workers_) {
     while (worker.wait_for(interval) != std::future_status::ready) {
+      options_.heartbeat();
       if (const Status wanted = on_progress(); !wanted) state_->fail(wanted.error());
     }
   }

@@ -17,6 +17,7 @@
 // ImageWriter states.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <functional>
 #include <future>
@@ -44,7 +45,8 @@ struct CaptureOptions {
   bool keep_huge_pages = true;  // copy each as a whole when it is written to; see fault_handler.h
   std::chrono::milliseconds stall_limit{10000};
   std::function<void()> heartbeat = [] {};  // often, while the target may wait for us
-  std::function<void()> released = [] {};   // from now on it waits for us no more
+  std::function<void(const Uffd&)> watched = [](const Uffd&) {};  // all of it is registered
+  std::function<void()> released = [] {};   // from now on it waits for us no more; any thread
 };
 
 // Features that capturing this memory needs of the userfaultfd.
@@ -83,12 +85,13 @@ class Capture {
   void mend_huge_pages();
   Status work();
   Status write(ImageWriter::Encoder& encoder, const Chunk& chunk);
+  void let_go();
   void stop_threads();
 
   ImageWriter& writer_;
   CaptureOptions options_;
   std::unique_ptr<CaptureState> state_;
-  size_t watched_ = 0;  // pieces that are registered, from the first on
+  std::atomic<size_t> watched_ = 0;  // pieces that are registered, from the first on
   std::unique_ptr<FaultHandler> faults_;
   std::unique_ptr<Arming> arming_;
   Sweep sweep_;

@@ -11,9 +11,10 @@
 #include <string>
 #include <thread>
 
+#include "formats/json.h"
 #include "formats/log.h"
 #include "snap/vmm/caretaker.h"
-#include "snap/vmm/process.h"
+#include "snap/vmm/descriptor_message.h"
 
 namespace vmsnap {
 
@@ -25,13 +26,20 @@ constexpr std::chrono::milliseconds longest_beat_gap{50};
 // How long the guard tries to resume a VM that hangs; then it is for people to say
 // whether it shall run.
 constexpr std::chrono::hours resume_tries{1};
+// In which it looks whether we are dead and only cannot go.
+constexpr int look_every_ms = 500;
+// How long the guard waits for our death before it goes on: mostly that takes no time,
+// and sometimes as long as a disk hangs.
+constexpr std::chrono::seconds longest_death{1};
 // How long we wait for a guard that has something to do yet.
 constexpr std::chrono::seconds longest_farewell{12};
 
 // Everything the guard's process needs, and all it keeps.
 struct GuardProcess {
-  Fd pipe;
+  Fd socket;
   Process parent;
+  const Process* vm = nullptr;
+  std::vector<RemoteRange> memory;
   int qmp_fd = -1;
   std::string qmp_path;
   std::optional<KsmPause>* ksm = nullptr;
@@ -39,10 +47,16 @@ struct GuardProcess {
 
   bool paused = false;
   bool watching = false;
+  bool committing = false;
+  std::optional<Uffd> uffd;
 
   void run();
+  bool parent_is_dying() const;
+  bool hear();
   void note(char what);
+  void free_memory();
   void resume_vm();
+  bool resume_by_our_socket();
 };
 
 void GuardProcess::note(char what) {
@@ -54,30 +68,69 @@ void GuardProcess::note(char what) {
       if (qmp_fd >= 0) ::close(std::exchange(qmp_fd, -1));
       break;
     case 'W': watching = true; break;
-    case 'U': watching = false; break;
+    case 'U':
+      watching = false;
+      uffd.reset();
+      break;
+    case 'C': committing = true; break;
     default: break;  // a heartbeat
   }
 }
 
 void GuardProcess::run() {
-  for (;;) {
-    pollfd waiting = {pipe.get(), POLLIN, 0};
-    const int ready = ::poll(&waiting, 1, paused || watching ? limit_ms : -1);
+  for (int silent_ms = 0;;) {
+    pollfd waiting = {socket.get(), POLLIN, 0};
+    const bool is_due = (paused && !committing) || watching;
+    const int step_ms = std::min(limit_ms - silent_ms, look_every_ms);
+    const int ready = ::poll(&waiting, 1, is_due ? step_ms : -1);
     if (ready < 0 && errno == EINTR) continue;
+    silent_ms = ready == 0 ? silent_ms + step_ms : 0;
+    if (ready == 0 && silent_ms < limit_ms && !parent_is_dying()) continue;
     if (ready == 0) {
-      // No sign of life, and a guest that may be waiting for one.
+      // No sign of life, and a guest that may be waiting for one. From here on nothing
+      // of ours runs that could take memory that we free for what it was.
       parent.kill();
-      (void)parent.wait_for_end(std::chrono::milliseconds(limit_ms));
+      free_memory();
+      (void)parent.wait_for_end(longest_death);
       break;
     }
-    char what[256];
-    const ssize_t got = ::read(pipe.get(), what, sizeof what);
-    if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) break;
-    for (ssize_t i = 0; i < got; ++i) note(what[i]);
+    if (!hear()) break;
   }
+  free_memory();
   if (paused) resume_vm();
   if (ksm && *ksm) (*ksm)->end();
+}
+
+// Killed, and not yet gone, because a thread waits for a disk.
+bool GuardProcess::parent_is_dying() const {
+  const auto state = parent.status_field("State");
+  return state && state->starts_with("Z");
+}
+
+// False: nobody is there any more.
+bool GuardProcess::hear() {
+  char what[256];
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
+  iovec bytes = {what, sizeof what};
+  msghdr header = {};
+  header.msg_iov = &bytes;
+  header.msg_iovlen = 1;
+  header.msg_control = control;
+  header.msg_controllen = sizeof control;
+  const ssize_t got = ::recvmsg(socket.get(), &header, MSG_CMSG_CLOEXEC);
+  if (got < 0 && errno == EINTR) return true;
+  if (got <= 0) return false;
+  std::vector<Fd> descriptors;
+  collect_descriptors(header, descriptors);
+  if (!descriptors.empty()) uffd = Uffd::adopt(std::move(descriptors.front()));
+  for (ssize_t i = 0; i < got; ++i) note(what[i]);
+  return true;
+}
+
+void GuardProcess::free_memory() {
+  if (!uffd) return;
+  for (const RemoteRange& range : memory) (void)uffd->unregister_range(range);
+  uffd.reset();
 }
 
 // Nobody listens at the monitor's socket: the VM has ended.
@@ -87,32 +140,42 @@ bool is_gone(const Error& error) {
 
 // On the socket we share with the dead: QEMU would not listen to another
 // client while this one is open. Commands go out in one piece, so the dead
-// left none half sent. If the socket is gone, by a connection of our own.
-void GuardProcess::resume_vm() {
+// left none half sent. False: the socket is gone, or QEMU refused.
+bool GuardProcess::resume_by_our_socket() {
   static constexpr char command[] = "\n{\"execute\":\"cont\",\"id\":\"snapguard\"}\n";
-  if (qmp_fd >= 0 && ::send(qmp_fd, command, sizeof command - 1, MSG_NOSIGNAL) > 0) {
-    // Wait until QEMU has read it: closing a socket with unread data in our
-    // direction is no harm, but the command must be taken first. Its answer,
-    // or the end of the VM, tells.
-    std::string seen;
-    for (int tries = 0; tries < 100; ++tries) {
-      pollfd answer = {qmp_fd, POLLIN, 0};
-      if (::poll(&answer, 1, 100) <= 0) continue;
-      char buffer[4096];
-      const ssize_t got = ::recv(qmp_fd, buffer, sizeof buffer, 0);
-      if (got <= 0) break;
-      seen.append(buffer, static_cast<size_t>(got));
-      if (seen.find("\"snapguard\"") != std::string::npos) return;
+  if (qmp_fd < 0 || ::send(qmp_fd, command, sizeof command - 1, MSG_NOSIGNAL) <= 0) return false;
+  // Wait until QEMU has read it: closing a socket with unread data in our
+  // direction is no harm, but the command must be taken first. Its answer,
+  // or the end of the VM, tells.
+  std::string seen;
+  for (int tries = 0; tries < 100; ++tries) {
+    pollfd answer = {qmp_fd, POLLIN, 0};
+    if (::poll(&answer, 1, 100) <= 0) continue;
+    char buffer[4096];
+    const ssize_t got = ::recv(qmp_fd, buffer, sizeof buffer, 0);
+    if (got <= 0) return false;
+    seen.append(buffer, static_cast<size_t>(got));
+    for (size_t end; (end = seen.find('\n')) != std::string::npos; seen.erase(0, end + 1)) {
+      const auto line = parse_json(seen.substr(0, end));
+      if (text_of(line, "id") == "snapguard") return line.contains("return");
     }
   }
+  return false;
+}
+
+void GuardProcess::resume_vm() {
+  if (resume_by_our_socket()) return;
   if (qmp_fd >= 0) ::close(std::exchange(qmp_fd, -1));
   // Whoever has the monitor at this moment may go, and take our connection along;
   // or QEMU itself hangs, in a `stop` that waits for a disk, and takes nobody: the
   // VM stands still until one gets through.
   const auto end = std::chrono::steady_clock::now() + resume_tries;
   do {
+    if (!vm->alive()) return;
     auto qmp = Qmp::connect(qmp_path);
-    if (qmp && qmp->execute("cont")) return;
+    // Or another VM has that path now.
+    const bool is_it = qmp && qmp->peer_pid().value_or(0) == vm->pid();
+    if (is_it && qmp->execute("cont")) return;
     if (!qmp && is_gone(qmp.error())) return;
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
   } while (std::chrono::steady_clock::now() < end);
@@ -126,26 +189,28 @@ void let_go_of_standard_streams() {
 
 }  // namespace
 
-Result<Guard> Guard::start(const Qmp* qmp, std::optional<KsmPause>* ksm,
+Result<Guard> Guard::start(const GuardedVm& vm, std::optional<KsmPause>* ksm,
                            std::chrono::milliseconds stand_still_limit) {
   int ends[2];
-  if (::pipe2(ends, O_CLOEXEC) < 0) return fail_errno(errno, "cannot make a pipe");
-  Fd reading(ends[0]), writing(ends[1]);
-  // Only our end must not block: a guard that is slow must not slow us.
-  ::fcntl(writing.get(), F_SETFL, O_NONBLOCK);
+  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0) {
+    return fail_errno(errno, "cannot make a socket pair");
+  }
+  Fd theirs(ends[0]), ours(ends[1]);
   Process self = VMSNAP_TRY(Process::open(::getpid()));
 
   const pid_t pid = ::fork();
   if (pid < 0) return fail_errno(errno, "cannot fork");
   if (pid == 0) {
-    writing.reset();
+    ours.reset();
     become_caretaker("snapguard");
     GuardProcess guard;
-    guard.pipe = std::move(reading);
+    guard.socket = std::move(theirs);
     guard.parent = std::move(self);
-    if (qmp) {
-      guard.qmp_fd = qmp->fd();
-      guard.qmp_path = qmp->socket_path();
+    guard.vm = &vm.process;
+    guard.memory = vm.memory;
+    if (vm.qmp) {
+      guard.qmp_fd = vm.qmp->fd();
+      guard.qmp_path = vm.qmp->socket_path();
     }
     guard.ksm = ksm;
     guard.limit_ms = static_cast<int>(stand_still_limit.count());
@@ -153,13 +218,13 @@ Result<Guard> Guard::start(const Qmp* qmp, std::optional<KsmPause>* ksm,
     guard.run();
     ::_exit(0);
   }
-  return Guard(std::move(writing), pid,
+  return Guard(std::move(ours), pid,
                std::min<Clock::duration>(stand_still_limit / 20, longest_beat_gap));
 }
 
 Guard::~Guard() {
   if (pid_ == 0) return;
-  pipe_.reset();
+  socket_.reset();
   const Clock::time_point end = Clock::now() + longest_farewell;
   for (;;) {
     const pid_t ended = ::waitpid(pid_, nullptr, WNOHANG);
@@ -179,8 +244,16 @@ void Guard::heartbeat() {
 }
 
 void Guard::tell(char what) const {
-  // A full pipe loses heartbeats only: the others are few.
-  (void)!::write(pipe_.get(), &what, 1);
+  // A guard that is slow must not slow us: a full socket loses heartbeats only, the
+  // others are few.
+  (void)!::send(socket_.get(), &what, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+void Guard::watched(const Uffd& uffd) const {
+  const std::byte no_more_than_a_heartbeat{'H'};
+  const int descriptor = uffd.fd();
+  (void)send_with_descriptors(socket_.get(), {&no_more_than_a_heartbeat, 1}, {&descriptor, 1},
+                              MSG_DONTWAIT);
 }
 
 }  // namespace vmsnap

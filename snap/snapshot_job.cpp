@@ -48,7 +48,9 @@ Status SnapshotJob::prepare(std::vector<MemoryBlock> blocks, Qmp* qmp, const std
                                        .deltas = options_.deltas}));
 
   if (memory_.mergeable) ksm_ = VMSNAP_TRY(KsmPause::begin());
-  guard_.emplace(VMSNAP_TRY(Guard::start(qmp, &ksm_, options_.stall_limit)));
+  GuardedVm guarded = {process_, qmp};
+  for (const MemoryPiece& piece : memory_.pieces) guarded.memory.push_back(piece.range);
+  guard_.emplace(VMSNAP_TRY(Guard::start(guarded, &ksm_, options_.stall_limit)));
   output_ = VMSNAP_TRY(open_snapshot_output(options_, memory_.regions(), name));
   VMSNAP_TEST_POINT("snapshot.output");
   id_ = output_->image().id();
@@ -68,6 +70,7 @@ Status SnapshotJob::attach(Qmp* qmp) {
   options.keep_huge_pages = options_.keep_huge_pages;
   options.stall_limit = options_.stall_limit;
   options.heartbeat = [this] { guard_->heartbeat(); };
+  options.watched = [this](const Uffd& uffd) { guard_->watched(uffd); };
   options.released = [this] { guard_->unwatched(); };
   capture_ = VMSNAP_TRY(
       Capture::create(process_, memory_, std::move(handed.uffd), output_->image(), std::move(options)));
@@ -119,6 +122,7 @@ Result<SnapshotSummary> SnapshotJob::finish(nlohmann::json source,
   VMSNAP_CHECK(check_not_pinned(process_));
   if (memory_.has_file()) VMSNAP_CHECK(check_not_shared(process_, memory_));
 
+  guard_->committing();
   progress_(SnapshotPhase::committing, nullptr);
   ImageInfo info;
   info.id = id_;

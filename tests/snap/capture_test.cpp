@@ -5,11 +5,14 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
+#include <csignal>
 #include <thread>
 
+#include "formats/image_layout.h"
 #include "formats/image_reader.h"
 #include "snap/vmm/handover.h"
 #include "snap/vmm/thread_stop.h"
@@ -65,6 +68,24 @@ int write_in_order(Kind kind, Talk* talk) {
     }
   }
 }
+
+// No file of ours grows beyond it.
+class FileSizeLimit {
+ public:
+  explicit FileSizeLimit(rlim_t size) {
+    ::signal(SIGXFSZ, SIG_IGN);
+    ::getrlimit(RLIMIT_FSIZE, &before_);
+    const rlimit smaller = {size, before_.rlim_max};
+    ::setrlimit(RLIMIT_FSIZE, &smaller);
+  }
+  ~FileSizeLimit() {
+    ::setrlimit(RLIMIT_FSIZE, &before_);
+    ::signal(SIGXFSZ, SIG_DFL);
+  }
+
+ private:
+  rlimit before_ = {};
+};
 
 class CaptureTest : public ::testing::TestWithParam<Kind> {
  protected:
@@ -189,6 +210,17 @@ TEST_P(CaptureTest, CopiesBeforeAnybodyWaitsForTheEnd) {
   ASSERT_TRUE(capture_->finish([] { return Status(); }));
 }
 
+// Whoever would notice the failure may wait for the monitor of a VM that waits for one
+// of these writers.
+TEST_P(CaptureTest, AFailureFreesWhoWaitsBeforeAnybodyAsks) {
+  const FileSizeLimit disk_full(layout::block_size);  // the header
+  begin({.staging_bytes = 4 << 20});
+  arm();
+  capture_->start();
+  expect_unharmed();
+  EXPECT_EQ(capture_->finish([] { return Status(); }).error().os_errno(), EFBIG);
+}
+
 TEST_P(CaptureTest, HolesTouchedAfterTheInstantReadZero) {
   begin();
   arm();
@@ -265,7 +297,8 @@ TEST_P(CaptureTest, GivenUpAtAnyMomentLeavesTheTargetFree) {
   expect_unharmed();
 }
 
-// The output hangs, so our threads cannot be waited for: the guest is let go first.
+// The output hangs, and our threads, which cannot be waited for, with it: the guest is
+// let go first.
 TEST_P(CaptureTest, AHungOutputKeepsNobodyWaiting) {
   std::atomic<bool> hung = true;
   ImageWriterOptions image;
@@ -273,17 +306,20 @@ TEST_P(CaptureTest, AHungOutputKeepsNobodyWaiting) {
     while (hung) std::this_thread::sleep_for(1ms);
     return 0;
   };
-  begin({.staging_bytes = 16 << 20}, std::move(image));
+  // Less than there is to copy: the victim has to wait for room.
+  begin({.staging_bytes = 4 << 20, .stall_limit = 60s}, std::move(image));
   ::kill(victim_->pid(), SIGSTOP);  // before it is armed: it must not have written it all by then
   arm();
   capture_->start();
-  ASSERT_FALSE(capture_->finish([] { return Status(fail(ErrorCode::interrupted, "enough")); }));
   const uint64_t passes = talk_->passes;
   ::kill(victim_->pid(), SIGCONT);
   const std::string wchan = fmt::format("/proc/{}/wchan", victim_->pid());
   wait_until([&] { return read_small_file(wchan).value_or("").find("userfault") != std::string::npos; });
   EXPECT_LE(talk_->passes, passes + 1);
-  std::thread given_up([&] { capture_.reset(); });
+  std::thread given_up([&] {
+    EXPECT_FALSE(capture_->finish([] { return Status(fail(ErrorCode::interrupted, "enough")); }));
+    capture_.reset();
+  });
   EXPECT_TRUE(becomes_true([&] { return talk_->passes > passes + 2; }));
   hung = false;
   given_up.join();

@@ -2,11 +2,14 @@
 #include "snap/guard.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <thread>
 
@@ -22,8 +25,9 @@ using namespace std::chrono_literals;
 class FakeMonitor {
  public:
   // The first `drops` clients that send "cont" are hung up on instead.
-  explicit FakeMonitor(int drops = 0)
-      : drops_(drops), path_(fmt::format("/tmp/vmsnap-guard-test-{}.sock", ::getpid())) {
+  // After them, the first `refusals` are answered by an error.
+  explicit FakeMonitor(int drops = 0, int refusals = 0)
+      : drops_(drops), refusals_(refusals), path_(fmt::format("/tmp/vmsnap-guard-test-{}.sock", ::getpid())) {
     ::unlink(path_.c_str());
     listener_ = Fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
     sockaddr_un address = {};
@@ -60,9 +64,11 @@ class FakeMonitor {
             break;
           }
           nlohmann::json answer = {{"return", nlohmann::json::object()}};
+          const bool refused = command.value("execute", "") == "cont" && refusals_-- > 0;
+          if (refused) answer = {{"error", {{"class", "GenericError"}, {"desc", "not now"}}}};
           if (command.contains("id")) answer["id"] = command["id"];
           send(client, answer.dump() + "\r\n");
-          if (command.value("execute", "") == "cont") {
+          if (!refused && command.value("execute", "") == "cont") {
             resumed_ = true;
             send(client, "{\"event\": \"RESUME\"}\r\n");
           }
@@ -74,7 +80,7 @@ class FakeMonitor {
     (void)!::send(client.get(), text.data(), text.size(), MSG_NOSIGNAL);
   }
 
-  int drops_;
+  int drops_, refusals_;
   std::string path_;
   Fd listener_;
   std::thread thread_;
@@ -88,7 +94,8 @@ int run_snapshotter(const std::string& path, std::chrono::milliseconds limit, Ac
   Victim snapshotter([&] {
     auto qmp = Qmp::connect(path);
     if (!qmp) return 1;
-    auto guard = Guard::start(&*qmp, nullptr, limit);
+    const Process vm = *Process::open(*qmp->peer_pid());
+    auto guard = Guard::start({vm, &*qmp}, nullptr, limit);
     if (!guard) return 2;
     act(*guard);
     return 0;
@@ -162,6 +169,76 @@ TEST(Guard, HeartbeatsKeepItQuiet) {
                                 std::this_thread::sleep_for(10ms);
                               }
                               guard.unwatched();
+                            }),
+            0);
+}
+
+// Its end does not: here this process has the userfaultfd open, too, like a thread that
+// cannot die because it waits for a disk.
+TEST(Guard, FreesTheMemoryOfASnapshotterThatCannotGo) {
+  void* memory = ::mmap(nullptr, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  const RemoteRange range = {RemotePtr(reinterpret_cast<uint64_t>(memory)), page_size};
+  Fd raw(static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK)));
+  const Uffd uffd = *Uffd::initialize(std::move(raw), 0);
+  ASSERT_TRUE(uffd.register_range(range, {.missing = true, .write_protect = false}));
+  const Process self = *Process::open(::getpid());
+  Victim snapshotter([&] {
+    auto guard = Guard::start({self, nullptr, {range}}, nullptr, 100ms);
+    if (!guard) return 2;
+    guard->watching();
+    guard->watched(uffd);
+    ::pause();
+    return 0;
+  });
+  std::atomic<bool> touched = false;
+  std::thread toucher([&] {
+    *static_cast<volatile char*>(memory) = 1;
+    touched = true;
+  });
+  EXPECT_TRUE(becomes_true([&] { return touched.load(); }));
+  EXPECT_EQ(snapshotter.wait(), killed);
+  if (!touched) (void)uffd.unregister_range(range);
+  toucher.join();
+  ::munmap(memory, page_size);
+}
+
+TEST(Guard, DoesNotResumeAnotherVmThatTookThePath) {
+  FakeMonitor monitor;
+  Victim gone([] { return 0; });
+  const Process vm = gone.process();
+  EXPECT_EQ(gone.wait(), 0);
+  Victim snapshotter([&] {
+    auto qmp = Qmp::connect(monitor.path());
+    if (!qmp) return 1;
+    auto guard = Guard::start({vm, &*qmp}, nullptr, 60s);
+    if (!guard) return 2;
+    guard->pausing();
+    // Its own connection ends with the VM.
+    ::shutdown(qmp->fd(), SHUT_RDWR);
+    ::kill(::getpid(), SIGKILL);
+    return 0;
+  });
+  EXPECT_EQ(snapshotter.wait(), killed);
+  // The next client is served: the guard does not stay.
+  EXPECT_TRUE(Qmp::connect(monitor.path()));
+  EXPECT_FALSE(monitor.resumed());
+}
+
+TEST(Guard, TriesAgainWhenQemuRefuses) {
+  FakeMonitor monitor(/*drops=*/0, /*refusals=*/2);
+  EXPECT_EQ(run_snapshotter(monitor.path(), 60s, die_in_the_pause), killed);
+  EXPECT_TRUE(becomes_true([&] { return monitor.resumed(); }));
+}
+
+TEST(Guard, LeavesACommitItsTime) {
+  FakeMonitor monitor;
+  EXPECT_EQ(run_snapshotter(monitor.path(), 100ms,
+                            [](Guard& guard) {
+                              guard.pausing();
+                              guard.committing();
+                              std::this_thread::sleep_for(1500ms);
+                              guard.resumed();
                             }),
             0);
 }
