@@ -123,6 +123,9 @@ Status Pruner::check_quarantine() const {
                           entry->path().string()))
             .with_remedy("Remove it, if that snapshot is to be given up."));
   }
+  if (error && error != std::errc::no_such_file_or_directory) {
+    return fail_errno(error.value(), "cannot list {}", paths_.quarantine());
+  }
   return {};
 }
 

@@ -1,0 +1,51 @@
+// What fails on the disk must not cost more than what fails.
+#include <filesystem>
+
+#include "formats/store/prune.h"
+#include "tests/store/faulty_disk.h"
+#include "tests/store/test_store.h"
+
+namespace vmsnap {
+namespace {
+
+class AFaultyDisk : public StoreTest {
+ protected:
+  // A snapshot that stays, and a pack that no manifest needs.
+  void leave_a_dead_pack() {
+    const auto store = open();
+    write(*store, texts(0, 10));
+    const std::string gone = write(*store, texts(100, 10), {.vm = "gone"}).id;
+    std::filesystem::remove(store->paths().snapshot(gone));
+  }
+
+  size_t packs() const { return files_in(options_.directory + "/packs"); }
+};
+
+// A manifest that waits there for somebody to mend it may need any pack.
+TEST_F(AFaultyDisk, ThatDoesNotListTheQuarantineKeepsPruneFromDeleting) {
+  leave_a_dead_pack();
+  FaultyDisk disk;
+  disk.fail_listing(options_.directory + "/quarantine", 0);
+  const auto pruned = prune(*open(), {});
+  ASSERT_FALSE(pruned);
+  EXPECT_EQ(pruned.error().os_errno(), EIO);
+  EXPECT_EQ(packs(), 2u);
+}
+
+TEST_F(AFaultyDisk, ThatMadeTheQuarantineAFileKeepsPruneFromDeleting) {
+  leave_a_dead_pack();
+  const std::string quarantine = options_.directory + "/quarantine";
+  std::filesystem::remove(quarantine);
+  write_file(quarantine, {});
+  const auto pruned = prune(*open(), {});
+  ASSERT_FALSE(pruned);
+  EXPECT_EQ(pruned.error().os_errno(), ENOTDIR);
+  EXPECT_EQ(packs(), 2u);
+  // One that is not there has nothing in it.
+  std::filesystem::remove(quarantine);
+  EXPECT_TRUE(prune(*open(), {}));
+  EXPECT_EQ(packs(), 1u);
+}
+
+}  // namespace
+}  // namespace vmsnap
