@@ -2,6 +2,7 @@
 #include <filesystem>
 
 #include "formats/store/prune.h"
+#include "formats/store/store_repair.h"
 #include "tests/store/faulty_disk.h"
 #include "tests/store/test_store.h"
 
@@ -45,6 +46,19 @@ TEST_F(AFaultyDisk, ThatMadeTheQuarantineAFileKeepsPruneFromDeleting) {
   std::filesystem::remove(quarantine);
   EXPECT_TRUE(prune(*open(), {}));
   EXPECT_EQ(packs(), 1u);
+}
+
+TEST_F(AFaultyDisk, ThatDoesNotListTheIndexIsAnErrorOfRepair) {
+  const auto store = open();
+  write(*store, texts(0, 10));
+  for (const int names : {0, 1, 2, 3}) {
+    FaultyDisk disk;
+    disk.fail_listing(store->paths().index(), names);
+    const auto repaired = repair_store(*store, {});
+    ASSERT_FALSE(repaired);
+    EXPECT_EQ(repaired.error().os_errno(), EIO);
+  }
+  EXPECT_TRUE(repair_store(*store, {}));
 }
 
 }  // namespace
