@@ -219,10 +219,20 @@ Status Pruner::condemn_dead_packs() {
   VMSNAP_CHECK(add_needed(paths_.snapshots()));
   VMSNAP_CHECK(add_needed(paths_.trash()));
   const uint64_t epoch = VMSNAP_TRY(present_epoch(paths_));
+  std::vector<layout::ImageId> dead;
   for (const std::string& name : VMSNAP_TRY(manifest_ids(paths_.packs()))) {
     layout::ImageId id;
-    if (!parse_id(name, id) || needed_.contains(id)) continue;
-    const std::string to = fmt::format("{}/{}.{}", paths_.condemned(), epoch, name);
+    if (parse_id(name, id) && !needed_.contains(id)) dead.push_back(id);
+  }
+  // Who replaced or deleted a manifest may have been killed before that was on
+  // the disk, or was told that it is not: a crash would bring back the old one,
+  // which needs them.
+  if (!dead.empty()) {
+    VMSNAP_CHECK(sync_directory_of(paths_.snapshots() + "/."));
+    VMSNAP_CHECK(sync_directory_of(paths_.trash() + "/."));
+  }
+  for (const layout::ImageId& id : dead) {
+    const std::string to = fmt::format("{}/{}.{}", paths_.condemned(), epoch, id_text(id));
     if (::rename(paths_.pack(id).c_str(), to.c_str()) < 0) {
       return fail_errno(errno, "cannot rename {} to {}", paths_.pack(id), to);
     }

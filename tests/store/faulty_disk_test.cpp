@@ -61,5 +61,26 @@ TEST_F(AFaultyDisk, ThatDoesNotListTheIndexIsAnErrorOfRepair) {
   EXPECT_TRUE(repair_store(*store, {}));
 }
 
+// Else a crash brings old manifests back that need the packs: those of a prune
+// that was killed before it synced what it had renamed, say.
+TEST_F(AFaultyDisk, ThatDoesNotKeepManifestsKeepsPruneFromDeletingPacks) {
+  for (const char* directory : {"/snapshots", "/trash"}) {
+    leave_a_dead_pack();
+    const size_t before = packs();
+    FaultyDisk disk;
+    disk.fail_sync(options_.directory + directory);
+    const auto pruned = prune(*open(), {});
+    ASSERT_FALSE(pruned) << directory;
+    EXPECT_EQ(pruned.error().os_errno(), EIO);
+    EXPECT_EQ(packs(), before);
+    EXPECT_EQ(files_in(options_.directory + "/condemned"), 0u);
+  }
+  FaultyDisk disk;
+  EXPECT_TRUE(prune(*open(), {}));
+  EXPECT_TRUE(disk.was_synced(options_.directory + "/snapshots"));
+  EXPECT_TRUE(disk.was_synced(options_.directory + "/trash"));
+  EXPECT_EQ(packs(), 1u);
+}
+
 }  // namespace
 }  // namespace vmsnap
