@@ -6,6 +6,7 @@
 #include "formats/image_file.h"
 #include "formats/json.h"
 #include "formats/store/pack_file.h"
+#include "formats/store/store_lock.h"
 
 namespace vmsnap {
 
@@ -42,6 +43,19 @@ Status VerifyState::save(const StorePaths& paths) const {
     json["packs"][id_text(id)] = {{"at", pack.at_unix_ms}, {"ok", pack.ok}};
   }
   return write_small_file(paths.verified(), json_line(json) + "\n");
+}
+
+void VerifyState::add(const layout::ImageId& id, const Pack& pack) {
+  Pack& last = packs[id];
+  if (last.at_unix_ms <= pack.at_unix_ms) last = pack;
+}
+
+Status VerifyState::update(const StorePaths& paths,
+                           const std::function<void(VerifyState&)>& change) {
+  const StoreLock lock = VMSNAP_TRY(StoreLock::verified(paths));
+  VerifyState state = load(paths);
+  change(state);
+  return state.save(paths);
 }
 
 }  // namespace vmsnap

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 
 #include "formats/error.h"
@@ -24,6 +25,11 @@ struct VerifyState {
   static VerifyState load(const StorePaths& paths);
   // Blocks on the disk.
   Status save(const StorePaths& paths) const;
+
+  // The newer note of a pack stays.
+  void add(const layout::ImageId& id, const Pack& pack);
+  // Loads, changes and saves what is noted by now: other runs note theirs, too.
+  static Status update(const StorePaths& paths, const std::function<void(VerifyState&)>& change);
 };
 
 }  // namespace vmsnap
