@@ -2,6 +2,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "formats/clock.h"
 #include "formats/file.h"
 #include "formats/image_file.h"
 #include "formats/json.h"
@@ -21,9 +22,11 @@ VerifyState VerifyState::load(const StorePaths& paths) {
   if (!text) return {};
   const auto json = parse_json(*text);
   if (!json.is_object() || !json.contains("packs") || !json["packs"].is_object()) return {};
+  const int64_t now = now_unix_ms();
+  const auto not_ahead = [now](int64_t at) { return at > now ? 0 : at; };
   VerifyState state;
   if (json.contains("began") && json["began"].is_number_integer()) {
-    state.began_unix_ms = json["began"].get<int64_t>();
+    state.began_unix_ms = not_ahead(json["began"].get<int64_t>());
   }
   for (const auto& [name, pack] : json["packs"].items()) {
     layout::ImageId id;
@@ -31,7 +34,7 @@ VerifyState VerifyState::load(const StorePaths& paths) {
         !pack["at"].is_number_integer() || !pack.contains("ok") || !pack["ok"].is_boolean()) {
       return {};
     }
-    state.packs[id] = {pack["at"].get<int64_t>(), pack["ok"].get<bool>()};
+    state.packs[id] = {not_ahead(pack["at"].get<int64_t>()), pack["ok"].get<bool>()};
   }
   return state;
 }

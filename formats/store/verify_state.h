@@ -21,7 +21,8 @@ struct VerifyState {
   std::map<layout::ImageId, Pack> packs;
   int64_t began_unix_ms = 0;  // of the last run over everything, if it did not end; else 0
 
-  // What is not there, or not one of ours, is empty: then all packs are due.
+  // What is not there, or not one of ours, is empty: then all packs are due. What
+  // is dated ahead was noted by a clock that was wrong: its time is read as 0.
   static VerifyState load(const StorePaths& paths);
   // Blocks on the disk.
   Status save(const StorePaths& paths) const;

@@ -231,5 +231,33 @@ TEST_F(VerifyingAStore, ForgetsPacksThatAreGone) {
   EXPECT_EQ(VerifyState::load(store->paths()).packs.size(), 1u);
 }
 
+// Else it would not be read before that day comes.
+TEST_F(VerifyingAStore, DoesNotBelieveAClockThatWasAhead) {
+  constexpr int64_t hour = 3'600'000;
+  const auto store = open();
+  for (uint64_t i = 0; i < 4; ++i) {
+    write(*store, random_pages(100 * i, 50), {.vm = std::to_string(i)});
+  }
+  ASSERT_TRUE(verify_store(*store, {}));
+  const auto id = VerifyState::load(store->paths()).packs.rbegin()->first;
+  const auto date_it_ahead = [&](int64_t began) {
+    VerifyState state = VerifyState::load(store->paths());
+    state.packs[id].at_unix_ms = now_unix_ms() + hour;
+    state.began_unix_ms = began;
+    ASSERT_TRUE(state.save(store->paths()));
+  };
+  date_it_ahead(0);
+  EXPECT_EQ(verify_store(*store, {.sample = 0.24}).value().packs_checked, 1u);
+  EXPECT_LE(VerifyState::load(store->paths()).packs[id].at_unix_ms, now_unix_ms());
+  const int64_t before = now_unix_ms() - hour;
+  date_it_ahead(before);
+  const StoreVerifyReport report = verify_store(*store, {.resume = true}).value();
+  EXPECT_EQ(report.packs_checked, 1u);
+  EXPECT_EQ(report.packs_resumed, 3u);
+  // Nor is a run that began then one to go on with.
+  date_it_ahead(now_unix_ms() + hour / 2);
+  EXPECT_EQ(verify_store(*store, {.resume = true}).value().packs_checked, 4u);
+}
+
 }  // namespace
 }  // namespace vmsnap
