@@ -180,7 +180,14 @@ Status Pruner::delete_from_trash() {
 
 Status Pruner::remove_unkept() {
   for (const PruneReport::Decision& d : report_.decisions) {
-    if (!d.decision.keep) VMSNAP_CHECK(remove_snapshot(store_, d.snapshot.id));
+    if (d.decision.keep) continue;
+    const std::string& id = d.snapshot.id;
+    const Status removed = remove_snapshot(store_, id);
+    // It is the snapshot that is gone, and not the trash: somebody else removed it.
+    const bool is_gone = !removed && removed.error().os_errno() == ENOENT &&
+                         ::access(paths_.snapshot(id).c_str(), F_OK) != 0;
+    if (!is_gone) VMSNAP_CHECK(removed);
+    if (is_gone) --report_.removed;
   }
   return {};
 }
