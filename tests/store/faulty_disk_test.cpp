@@ -82,5 +82,18 @@ TEST_F(AFaultyDisk, ThatDoesNotKeepManifestsKeepsPruneFromDeletingPacks) {
   EXPECT_EQ(packs(), 1u);
 }
 
+TEST_F(AFaultyDisk, KeepsANewStoreAlsoIfItsNameEndsInSlashes) {
+  for (const char* slashes : {"", "/", "//"}) {
+    const std::string directory = directory_.file(fmt::format("new{}", std::strlen(slashes)));
+    options_.directory = directory + slashes;
+    FaultyDisk disk;
+    EXPECT_EQ(open()->paths().root, directory);
+    EXPECT_TRUE(disk.was_synced(directory_.path())) << options_.directory;
+  }
+  EXPECT_EQ(StorePaths{"/"}.root, "/");
+  EXPECT_EQ(StorePaths{"//"}.root, "/");
+  EXPECT_EQ(StorePaths{"a/b/"}.root, "a/b");
+}
+
 }  // namespace
 }  // namespace vmsnap
