@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <ctime>
 
 namespace vmsnap {
 
@@ -37,6 +38,15 @@ std::string quoted(std::string_view text) {
   return fmt::format("'{}{}'", text.substr(0, longest), text.size() > longest ? "..." : "");
 }
 
+// How far the clock on the wall is ahead of UTC.
+std::chrono::seconds local_offset(std::chrono::sys_time<std::chrono::milliseconds> moment) {
+  const auto rounded = std::chrono::floor<std::chrono::seconds>(moment);
+  const std::time_t seconds = rounded.time_since_epoch().count();
+  std::tm local = {};
+  ::localtime_r(&seconds, &local);
+  return std::chrono::seconds(local.tm_gmtoff);
+}
+
 }  // namespace
 
 Result<CalendarDuration> parse_calendar_duration(std::string_view text) {
@@ -64,14 +74,20 @@ int64_t subtract(int64_t unix_ms, const CalendarDuration& duration) {
   constexpr sys_time<milliseconds> last = sys_days(year(10000) / 1 / 1) - milliseconds(1);
   const sys_time<milliseconds> moment(
       milliseconds(std::clamp<int64_t>(unix_ms, 0, last.time_since_epoch().count())));
-  const sys_days day = floor<days>(moment);
+  const auto local = moment + local_offset(moment);
+  const sys_days day = floor<days>(local);
   const year_month_day date(day);
   const year_month month =
       year_month(date.year(), date.month()) - years(duration.years) - months(duration.months);
   // The day of the month is added as a number of days: so it runs over.
   const sys_days then =
       sys_days(month / 1) + (date.day() - std::chrono::day(1)) - days(duration.days);
-  return (then + (moment - day) - hours(duration.hours)).time_since_epoch() / milliseconds(1);
+  // As Go's time.Date() looks for the moment, and so restic: mktime(3) may take
+  // another one of an hour that comes twice, or not at all.
+  const auto local_then = then + (local - day);
+  const auto nearly = local_then - local_offset(local_then);
+  const auto moment_then = local_then - local_offset(nearly) - hours(duration.hours);
+  return moment_then.time_since_epoch() / milliseconds(1);
 }
 
 Result<std::chrono::seconds> parse_clock_duration(std::string_view text) {

@@ -1,8 +1,8 @@
 // Durations as users write them: on the calendar, and on the clock.
 //
 // The two are kept apart because "m" is a month in the one and a minute in the
-// other. Pure functions; any thread may call them. What is not understood is
-// ErrorCode::usage, with a remedy that shows an example.
+// other. Pure functions but for the local time zone; any thread may call them.
+// What is not understood is ErrorCode::usage, with a remedy that shows an example.
 #pragma once
 
 #include <chrono>
@@ -29,8 +29,10 @@ Result<CalendarDuration> parse_calendar_duration(std::string_view text);
 std::string to_string(const CalendarDuration& duration);
 
 // The moment that lies `duration` before `unix_ms`, both in milliseconds since
-// 1970, on the UTC calendar. A day that the month does not have runs over into
-// the next month (a month before March 31 is March 3, or 2 in a leap year).
+// 1970, on the calendar of the local time zone (localtime_r(3), environment
+// variable TZ): days keep the time on the wall, hours are hours. A day that the
+// month does not have runs over into the next month (a month before March 31 is
+// March 3, or 2 in a leap year).
 // Moments outside the years 1970 to 9999 are moved to the nearer end first.
 int64_t subtract(int64_t unix_ms, const CalendarDuration& duration);
 

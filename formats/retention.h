@@ -10,7 +10,8 @@
 //   daily, weekly (ISO 8601: from Monday), monthly and yearly likewise.
 // - If such a rule runs out of snapshots before it has found n, it keeps the
 //   oldest one as well.
-// - within keeps what is newer than that before the VM's newest snapshot.
+// - within keeps what is newer than that before the VM's newest snapshot
+//   (subtract() in duration.h).
 // - A tag list keeps the snapshots that have all of its tags; the empty list
 //   those that have none, but for the one that `vmsnap backup` gives.
 // - Snapshots dated after `now` are kept, and count for nothing.

@@ -123,6 +123,9 @@ Status Pruner::check_quarantine() const {
                           entry->path().string()))
             .with_remedy("Remove it, if that snapshot is to be given up."));
   }
+  if (error && error != std::errc::no_such_file_or_directory) {
+    return fail_errno(error.value(), "cannot list {}", paths_.quarantine());
+  }
   return {};
 }
 
@@ -177,7 +180,14 @@ Status Pruner::delete_from_trash() {
 
 Status Pruner::remove_unkept() {
   for (const PruneReport::Decision& d : report_.decisions) {
-    if (!d.decision.keep) VMSNAP_CHECK(remove_snapshot(store_, d.snapshot.id));
+    if (d.decision.keep) continue;
+    const std::string& id = d.snapshot.id;
+    const Status removed = remove_snapshot(store_, id);
+    // It is the snapshot that is gone, and not the trash: somebody else removed it.
+    const bool is_gone = !removed && removed.error().os_errno() == ENOENT &&
+                         ::access(paths_.snapshot(id).c_str(), F_OK) != 0;
+    if (!is_gone) VMSNAP_CHECK(removed);
+    if (is_gone) --report_.removed;
   }
   return {};
 }
@@ -216,10 +226,20 @@ Status Pruner::condemn_dead_packs() {
   VMSNAP_CHECK(add_needed(paths_.snapshots()));
   VMSNAP_CHECK(add_needed(paths_.trash()));
   const uint64_t epoch = VMSNAP_TRY(present_epoch(paths_));
+  std::vector<layout::ImageId> dead;
   for (const std::string& name : VMSNAP_TRY(manifest_ids(paths_.packs()))) {
     layout::ImageId id;
-    if (!parse_id(name, id) || needed_.contains(id)) continue;
-    const std::string to = fmt::format("{}/{}.{}", paths_.condemned(), epoch, name);
+    if (parse_id(name, id) && !needed_.contains(id)) dead.push_back(id);
+  }
+  // Who replaced or deleted a manifest may have been killed before that was on
+  // the disk, or was told that it is not: a crash would bring back the old one,
+  // which needs them.
+  if (!dead.empty()) {
+    VMSNAP_CHECK(sync_directory_of(paths_.snapshots() + "/."));
+    VMSNAP_CHECK(sync_directory_of(paths_.trash() + "/."));
+  }
+  for (const layout::ImageId& id : dead) {
+    const std::string to = fmt::format("{}/{}.{}", paths_.condemned(), epoch, id_text(id));
     if (::rename(paths_.pack(id).c_str(), to.c_str()) < 0) {
       return fail_errno(errno, "cannot rename {} to {}", paths_.pack(id), to);
     }

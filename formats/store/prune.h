@@ -44,7 +44,7 @@ struct PruneReport {
   };
   std::vector<Decision> decisions;   // empty without a rule
   uint64_t kept = 0;
-  uint64_t removed = 0;              // put into the trash now
+  uint64_t removed = 0;              // put into the trash by this run
   uint64_t deleted = 0;              // taken out of the trash for good
   uint64_t in_use = 0;               // in the trash, but a VM is restored from it
   uint64_t packs_deleted = 0;

@@ -75,8 +75,28 @@ Status make_directory(const std::string& path) {
   return fail_errno(errno, "cannot make the directory {}", path);
 }
 
+// What is there was written under a configuration that is lost: a new one, with
+// another key, would not open it.
+Status check_nothing_kept(const StorePaths& paths) {
+  for (const std::string& directory : {paths.snapshots(), paths.trash(), paths.packs(),
+                                       paths.condemned(), paths.quarantine()}) {
+    std::error_code error;
+    const fs::directory_iterator first(directory, error);
+    if (error == std::errc::no_such_file_or_directory) continue;
+    if (error) return fail_errno(error.value(), "cannot list {}", directory);
+    if (first == fs::directory_iterator()) continue;
+    return tl::unexpected(
+        Error(ErrorCode::damaged,
+              fmt::format("there is no {}, but something in {}", paths.config(), directory))
+            .with_remedy("Put the saved store.json back into its place, or choose another "
+                         "directory for a new store."));
+  }
+  return {};
+}
+
 // Where there is nothing, an empty directory, or what a killed creator left.
 Status check_may_create(const StorePaths& paths) {
+  VMSNAP_CHECK(check_nothing_kept(paths));
   std::error_code error;
   fs::directory_iterator entry(paths.root, error);
   for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
@@ -95,7 +115,10 @@ Status check_may_create(const StorePaths& paths) {
 }
 
 Status create(const StorePaths& paths, const std::optional<KeyMaterial>& key) {
-  VMSNAP_CHECK(check_may_create(paths));
+  const Status may_create = check_may_create(paths);
+  // What is there may be of another who was first, just now.
+  if (!may_create && VMSNAP_TRY(is_store(paths))) return {};
+  VMSNAP_CHECK(may_create);
   VMSNAP_CHECK(make_directory(paths.root));
   for (const std::string& path :
        {paths.snapshots(), paths.trash(), paths.packs(), paths.condemned(), paths.quarantine(),

@@ -35,7 +35,8 @@ class Store {
   // key is missing or wrong; unsupported for a newer version.
   static Result<std::unique_ptr<Store>> open(const StoreOptions& options);
   // The same, but makes one where there is nothing, or an empty directory:
-  // mode 0700, sealed if a key was given.
+  // mode 0700, sealed if a key was given. ErrorCode::damaged where snapshots or
+  // packs are, but no configuration that opens them.
   static Result<std::unique_ptr<Store>> open_or_create(const StoreOptions& options);
 
   const StorePaths& paths() const { return paths_; }

@@ -17,6 +17,7 @@ namespace {
 constexpr uint64_t commit_byte = 1024;
 constexpr uint64_t maintain_byte = 1025;
 constexpr uint64_t index_byte = 1026;
+constexpr uint64_t verified_byte = 1027;
 constexpr uint64_t first_epoch_byte = 4096;
 constexpr uint64_t max_epoch = uint64_t{1} << 56;
 constexpr std::chrono::milliseconds retry{10};
@@ -94,6 +95,10 @@ Result<StoreLock> StoreLock::maintain(const StorePaths& paths, std::chrono::mill
 
 Result<StoreLock> StoreLock::index(const StorePaths& paths) {
   return exclusive(paths, index_byte, for_ever, "another change of the index");
+}
+
+Result<StoreLock> StoreLock::verified(const StorePaths& paths) {
+  return exclusive(paths, verified_byte, for_ever, "another note of what was verified");
 }
 
 Result<uint64_t> present_epoch(const StorePaths& paths) {

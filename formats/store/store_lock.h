@@ -40,6 +40,9 @@ class StoreLock {
   // One at a time: changing an index. Waits.
   static Result<StoreLock> index(const StorePaths& paths);
 
+  // One at a time: changing the note of when packs were verified. Waits.
+  static Result<StoreLock> verified(const StorePaths& paths);
+
  private:
   explicit StoreLock(Fd fd) : fd_(std::move(fd)) {}
   static Result<StoreLock> exclusive(const StorePaths& paths, uint64_t byte,

@@ -2,6 +2,7 @@
 
 #include <filesystem>
 #include <system_error>
+#include <utility>
 
 #include "formats/image_file.h"
 #include "formats/store/pack_file.h"
@@ -9,6 +10,10 @@
 namespace vmsnap {
 
 namespace fs = std::filesystem;
+
+StorePaths::StorePaths(std::string directory) : root(std::move(directory)) {
+  while (root.size() > 1 && root.ends_with('/')) root.pop_back();
+}
 
 std::string StorePaths::pack(const layout::ImageId& id) const { return packs() + "/" + id_text(id); }
 

@@ -9,6 +9,11 @@
 namespace vmsnap {
 
 struct StorePaths {
+  StorePaths() = default;
+  // Without slashes at its end: what syncs the directory around `root` takes all
+  // up to the last one for it.
+  StorePaths(std::string directory);
+
   std::string root;
 
   std::string config() const { return root + "/store.json"; }

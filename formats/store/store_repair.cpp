@@ -169,11 +169,12 @@ Status Repairer::rebuild_indexes() {
   {
     const StoreLock lock = VMSNAP_TRY(StoreLock::index(paths_));
     std::error_code error;
-    for (const auto& entry : std::filesystem::directory_iterator(paths_.index(), error)) {
-      const std::string name = entry.path().filename().string();
+    std::filesystem::directory_iterator entry(paths_.index(), error);
+    for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
+      const std::string name = entry->path().filename().string();
       if ((name.ends_with(".hints") || name.ends_with(".packs")) &&
-          ::unlink(entry.path().c_str()) < 0 && errno != ENOENT) {
-        return fail_errno(errno, "cannot remove {}", entry.path().string());
+          ::unlink(entry->path().c_str()) < 0 && errno != ENOENT) {
+        return fail_errno(errno, "cannot remove {}", entry->path().string());
       }
     }
     if (error) return fail_errno(error.value(), "cannot list {}", paths_.index());

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <map>
 
+#include "formats/clock.h"
 #include "formats/damage.h"
 #include "formats/interrupt.h"
 #include "formats/log.h"
@@ -22,12 +23,6 @@ namespace {
 
 constexpr std::chrono::seconds save_every{5};
 constexpr size_t max_rows_kept = 16;  // that differ, of one pack
-
-int64_t unix_ms_now() {
-  return std::chrono::duration_cast<std::chrono::milliseconds>(
-             std::chrono::system_clock::now().time_since_epoch())
-      .count();
-}
 
 class StoreVerifier {
  public:
@@ -78,7 +73,8 @@ class StoreVerifier {
   const std::function<void(const StoreVerifyProgress&)>& show_progress_;
   StoreVerifyReport report_;
   StoreVerifyProgress progress_;
-  VerifyState state_;
+  VerifyState state_;  // as it was in the beginning, but for when this run began
+  std::map<layout::ImageId, VerifyState::Pack> verified_;  // by this run
   std::chrono::steady_clock::time_point saved_ = std::chrono::steady_clock::now();
   bool cannot_save_ = false;
   std::vector<Manifest> manifests_;
@@ -197,14 +193,11 @@ void StoreVerifier::measure_packs() {
     pack.known = Pack::Known::damaged;
     report_.missing_packs.push_back(id);
   }
-  if (options_.snapshots.empty()) {
-    std::erase_if(state_.packs, [&](const auto& entry) { return !packs_.contains(entry.first); });
-  }
 }
 
 std::vector<StoreVerifier::Packs::iterator> StoreVerifier::packs_due() {
   const bool resume = options_.resume && state_.began_unix_ms != 0;
-  if (everything() && !resume) state_.began_unix_ms = unix_ms_now();
+  if (everything() && !resume) state_.began_unix_ms = now_unix_ms();
   // Those with damage first, then those that were never verified.
   std::vector<std::pair<int64_t, Packs::iterator>> order;
   uint64_t total = 0;
@@ -213,8 +206,7 @@ std::vector<StoreVerifier::Packs::iterator> StoreVerifier::packs_due() {
     if (pack->second.missing) continue;
     const auto last = state_.packs.find(pack->first);
     const bool verified = last != state_.packs.end();
-    if (verified && last->second.ok && resume &&
-        last->second.at_unix_ms >= state_.began_unix_ms) {
+    if (verified && last->second.ok && resume && last->second.at_unix_ms >= state_.began_unix_ms) {
       pack->second.known = Pack::Known::whole;
       ++report_.packs_resumed;
       continue;
@@ -261,7 +253,7 @@ Status StoreVerifier::check_packs() {
 Status StoreVerifier::check_one_pack(Packs::iterator entry) {
   auto& [id, pack] = *entry;
   PackCheck check = VMSNAP_TRY(check_pack(store_.paths(), id, store_.master(), pack.rows));
-  state_.packs[id] = {.at_unix_ms = unix_ms_now(), .ok = check.whole()};
+  verified_[id] = {.at_unix_ms = now_unix_ms(), .ok = check.whole()};
   ++report_.packs_checked;
   report_.bytes_checked += check.bytes;
   report_.frames_checked += check.frames;
@@ -276,7 +268,15 @@ Status StoreVerifier::check_one_pack(Packs::iterator entry) {
 
 // Without it the next run reads more than it must, no more.
 void StoreVerifier::save_state() {
-  const Status saved = state_.save(store_.paths());
+  const Status saved = VerifyState::update(store_.paths(), [&](VerifyState& noted) {
+    for (const auto& [id, pack] : verified_) noted.add(id, pack);
+    // Not those that came since, and were verified by another run.
+    const auto is_gone = [&](const auto& entry) {
+      return state_.packs.contains(entry.first) && !packs_.contains(entry.first);
+    };
+    if (options_.snapshots.empty()) std::erase_if(noted.packs, is_gone);
+    if (everything()) noted.began_unix_ms = state_.began_unix_ms;
+  });
   saved_ = std::chrono::steady_clock::now();
   if (saved || cannot_save_) return;
   cannot_save_ = true;

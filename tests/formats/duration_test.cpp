@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "formats/clock.h"
+#include "tests/formats/time_zone.h"
 
 namespace vmsnap {
 namespace {
@@ -41,6 +42,7 @@ TEST(CalendarDuration, IsWrittenAsItIsRead) {
 }
 
 TEST(CalendarDuration, IsSubtractedOnTheCalendar) {
+  const TimeZone utc("UTC");
   EXPECT_EQ(subtract(utc_ms(2026, 11, 21, 5, 30), {2, 5, 7, 3}), utc_ms(2024, 6, 14, 2, 30));
   EXPECT_EQ(subtract(utc_ms(2026, 1, 15), {0, 1, 0, 0}), utc_ms(2025, 12, 15));
   EXPECT_EQ(subtract(utc_ms(2026, 3, 1), {0, 0, 1, 0}), utc_ms(2026, 2, 28));
@@ -51,12 +53,28 @@ TEST(CalendarDuration, IsSubtractedOnTheCalendar) {
 }
 
 TEST(CalendarDuration, AMissingDayRunsOver) {
+  const TimeZone utc("UTC");
   EXPECT_EQ(subtract(utc_ms(2026, 3, 31), {0, 1, 0, 0}), utc_ms(2026, 3, 3));
   EXPECT_EQ(subtract(utc_ms(2024, 3, 31), {0, 1, 0, 0}), utc_ms(2024, 3, 2));
   EXPECT_EQ(subtract(utc_ms(2024, 2, 29), {1, 0, 0, 0}), utc_ms(2023, 3, 1));
 }
 
+// The same moments that Go's time.AddDate gives, and with it restic.
+TEST(CalendarDuration, IsSubtractedOnTheLocalCalendar) {
+  const TimeZone berlin("Europe/Berlin");
+  EXPECT_EQ(subtract(utc_ms(2026, 3, 31, 22, 30), {0, 1, 0, 0}), utc_ms(2026, 2, 28, 23, 30));
+  EXPECT_EQ(subtract(utc_ms(2026, 3, 30, 22, 30), {0, 1, 0, 0}), utc_ms(2026, 3, 2, 23, 30));
+  EXPECT_EQ(subtract(utc_ms(2026, 7, 1), {0, 6, 0, 0}), utc_ms(2026, 1, 1, 1));
+  EXPECT_EQ(subtract(utc_ms(2026, 10, 28, 11), {0, 0, 7, 0}), utc_ms(2026, 10, 21, 10));
+  EXPECT_EQ(subtract(utc_ms(2026, 10, 28, 11), {0, 0, 7, 1}), utc_ms(2026, 10, 21, 9));
+  EXPECT_EQ(subtract(utc_ms(2026, 10, 28, 11), {0, 0, 0, 168}), utc_ms(2026, 10, 21, 11));
+  // 2:30 on the day on which it comes twice, and on the one without it.
+  EXPECT_EQ(subtract(utc_ms(2026, 11, 1, 1, 30), {0, 0, 7, 0}), utc_ms(2026, 10, 25, 1, 30));
+  EXPECT_EQ(subtract(utc_ms(2026, 4, 5, 0, 30), {0, 0, 7, 0}), utc_ms(2026, 3, 29, 1, 30));
+}
+
 TEST(CalendarDuration, ExtremesDoNotOverflow) {
+  const TimeZone utc("UTC");
   const CalendarDuration longest = {10000, 10000, 10000, 10000};
   for (const int64_t moment : {INT64_MIN, int64_t{0}, utc_ms(2026, 1, 1), INT64_MAX}) {
     EXPECT_LT(subtract(moment, longest), utc_ms(2026, 1, 1));

@@ -2,7 +2,6 @@
 #include "formats/retention.h"
 
 #include <gtest/gtest.h>
-#include <stdlib.h>
 #include <time.h>
 
 #include <algorithm>
@@ -10,27 +9,12 @@
 #include <random>
 #include <set>
 
+#include "tests/formats/time_zone.h"
+
 namespace vmsnap {
 namespace {
 
 using Reasons = std::vector<std::string>;
-
-// The local time zone, for the time of a test.
-class TimeZone {
- public:
-  explicit TimeZone(const char* name) {
-    if (const char* before = ::getenv("TZ")) before_ = before;
-    ::setenv("TZ", name, 1);
-    ::tzset();
-  }
-  ~TimeZone() {
-    before_ ? ::setenv("TZ", before_->c_str(), 1) : ::unsetenv("TZ");
-    ::tzset();
-  }
-
- private:
-  std::optional<std::string> before_;
-};
 
 int64_t utc(int year, int month, int day, int hour = 0, int minute = 0) {
   std::tm time = {};
@@ -227,6 +211,33 @@ TEST_F(RetentionTest, WithinCountsFromTheNewestNotFromNow) {
   EXPECT_EQ(kept({.within = CalendarDuration{0, 0, 7, 0}}), Ids({"b", "c"}));
   EXPECT_EQ(kept({.within = CalendarDuration{0, 0, 7, 1}}), Ids({"a", "b", "c"}));
   EXPECT_EQ(reasons({.within = CalendarDuration{0, 0, 7, 0}}).at("c"), Reasons({"within 7d"}));
+}
+
+// What restic keeps: the month that is before 0:30 on April 1 begins at 0:30 on
+// March 1, although in UTC that is a month before March 31.
+TEST_F(RetentionTest, WithinIsOnTheLocalCalendar) {
+  const TimeZone berlin("Europe/Berlin");
+  Ids expected;
+  for (int day = 1; day <= 31; ++day) {
+    const bool summer = day > 29;
+    add(fmt::format("03-{:02}", day), utc(2026, 3, day, 0, 30) - (summer ? 2 : 1) * 3'600'000);
+    if (day > 1) expected.insert(items_.back().id);
+  }
+  add("04-01", utc(2026, 3, 31, 22, 30));
+  expected.insert("04-01");
+  EXPECT_EQ(kept({.within = CalendarDuration{0, 1, 0, 0}}), expected);
+}
+
+// Seven days of which one has 25 hours; an hour is one everywhere.
+TEST_F(RetentionTest, WithinDaysOfTheAutumnChange) {
+  const TimeZone berlin("Europe/Berlin");
+  add("10-21 12:00", utc(2026, 10, 21, 10));
+  add("10-21 12:30", utc(2026, 10, 21, 10, 30));
+  add("10-21 13:00", utc(2026, 10, 21, 11));
+  add("10-28 12:00", utc(2026, 10, 28, 11));
+  EXPECT_EQ(kept({.within = CalendarDuration{0, 0, 7, 0}}),
+            Ids({"10-21 12:30", "10-21 13:00", "10-28 12:00"}));
+  EXPECT_EQ(kept({.within = CalendarDuration{0, 0, 0, 7 * 24}}), Ids({"10-28 12:00"}));
 }
 
 TEST_F(RetentionTest, Tags) {

@@ -27,7 +27,7 @@ void try_manifest(std::span<const std::byte> bytes) {
   (void)manifest->read_working_set();
   if (!info || !rows) return;
 
-  PackSet packs({.root = "/nowhere"}, nullptr);
+  PackSet packs(StorePaths("/nowhere"), nullptr);
   packs.add_rows(*rows);
   std::array<std::byte, page_size> page;
   uint64_t entries = 0;

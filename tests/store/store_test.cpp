@@ -3,6 +3,7 @@
 
 #include <random>
 #include <set>
+#include <thread>
 
 #include "formats/page_entry.h"
 #include "formats/page_store.h"
@@ -311,6 +312,56 @@ TEST_F(OpeningAStore, MakesALockThatWasRemovedAnew) {
 TEST_F(OpeningAStore, GoesOnAfterACreatorThatWasKilled) {
   std::filesystem::create_directories(options_.directory + "/packs");
   EXPECT_TRUE(Store::open_or_create(options_));
+}
+
+// A new configuration has another key: nothing would open what is there.
+TEST_F(OpeningAStore, DoesNotMakeOneOverWhatALostConfigurationOpens) {
+  for (const bool sealed : {false, true}) {
+    options_.directory = directory_.file(sealed ? "sealed" : "plain");
+    if (sealed) seal_store();
+    const std::string id = write(*open(), texts(0, 3)).id;
+    const std::string config = options_.directory + "/store.json";
+    std::filesystem::rename(config, directory_.file("saved"));
+    const auto made = Store::open_or_create(options_);
+    ASSERT_FALSE(made);
+    EXPECT_EQ(made.error().code(), ErrorCode::damaged);
+    EXPECT_NE(made.error().message().find("/snapshots"), std::string::npos);
+    EXPECT_NE(made.error().remedy().find("store.json"), std::string::npos);
+    EXPECT_FALSE(std::filesystem::exists(config));
+    std::filesystem::rename(directory_.file("saved"), config);
+    expect_pages(*open(), id, texts(0, 3));
+  }
+}
+
+TEST_F(OpeningAStore, DoesNotMakeOneOverAnythingThatWasKept) {
+  for (const char* name : {"snapshots", "trash", "packs", "condemned", "quarantine"}) {
+    options_.directory = directory_.file(name);
+    open();
+    std::filesystem::remove(options_.directory + "/store.json");
+    EXPECT_TRUE(Store::open_or_create(options_)) << name;  // the skeleton of a new one
+    std::filesystem::remove(options_.directory + "/store.json");
+    write_file(options_.directory + "/" + name + "/anything", {});
+    const auto made = Store::open_or_create(options_);
+    ASSERT_FALSE(made) << name;
+    EXPECT_EQ(made.error().code(), ErrorCode::damaged);
+    EXPECT_NE(made.error().message().find(name), std::string::npos);
+  }
+}
+
+TEST_F(OpeningAStore, MayBeTheFirstTimeForSeveral) {
+  for (int round = 0; round < 20; ++round) {
+    options_.directory = directory_.file(std::to_string(round));
+    std::vector<std::thread> threads;
+    for (uint64_t i = 0; i < 4; ++i) {
+      threads.emplace_back([&, i] {
+        const auto store = Store::open_or_create(options_);
+        ASSERT_TRUE(store) << store.error().message();
+        write(**store, texts(i, 1));
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_EQ(files_in(options_.directory + "/snapshots"), 4u);
+  }
 }
 
 }  // namespace

@@ -1,7 +1,12 @@
 #include <sys/stat.h>
 
+#include <algorithm>
+#include <chrono>
 #include <set>
+#include <thread>
+#include <utility>
 
+#include "formats/clock.h"
 #include "formats/image_file.h"
 #include "formats/store/store_verify.h"
 #include "formats/store/verify_state.h"
@@ -177,6 +182,81 @@ TEST_F(VerifyingAStore, StartsAnewWithoutItsNotes) {
     write_file(store->paths().verified(), std::as_bytes(std::span(text)));
     EXPECT_EQ(verify_store(*store, {.resume = true}).value().packs_checked, 1u) << text;
   }
+}
+
+// A sampled run in the night, say, beside one over everything that takes days.
+TEST_F(VerifyingAStore, KeepsWhatAnotherRunNotedMeanwhile) {
+  const auto store = open();
+  for (uint64_t i = 0; i < 4; ++i) {
+    write(*store, random_pages(100 * i, 50), {.vm = std::to_string(i)});
+  }
+  flip(packs_of(*store)[2], layout::frames_begin + 100);
+  const auto noted = [&] { return VerifyState::load(store->paths()); };
+  const auto damaged = [&] {
+    return std::ranges::count_if(noted().packs, [](const auto& pack) { return !pack.second.ok; });
+  };
+  // A sample, and all is verified when it has just begun.
+  bool first = true;
+  ASSERT_TRUE(verify_store(*store, {.sample = 0.24}, [&](const StoreVerifyProgress&) {
+    if (!std::exchange(first, false)) return;
+    EXPECT_EQ(verify_store(*store, {}).value().damaged_packs.size(), 1u);
+    EXPECT_EQ(noted().packs.size(), 4u);
+    VerifyState killed = noted();
+    killed.began_unix_ms = 5;
+    ASSERT_TRUE(killed.save(store->paths()));
+  }));
+  EXPECT_EQ(noted().packs.size(), 4u);
+  EXPECT_EQ(damaged(), 1);
+  // And a sample knows nothing of how far a run over everything got.
+  EXPECT_EQ(noted().began_unix_ms, 5);
+  // The other way around, where it notes of all of them what is newer.
+  ASSERT_TRUE(verify_store(*store, {}, [&](const StoreVerifyProgress& progress) {
+    if (progress.packs_done != 4) return;
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    VerifyState other = noted();
+    for (auto& [id, pack] : other.packs) pack = {now_unix_ms(), false};
+    ASSERT_TRUE(other.save(store->paths()));
+  }));
+  EXPECT_EQ(damaged(), 4);
+  EXPECT_EQ(noted().began_unix_ms, 0);
+}
+
+TEST_F(VerifyingAStore, ForgetsPacksThatAreGone) {
+  const auto store = open();
+  const Written gone = write(*store, texts(0, 20), {.vm = "a"});
+  write(*store, texts(50, 20), {.vm = "b"});
+  ASSERT_TRUE(verify_store(*store, {}));
+  std::filesystem::remove(store->paths().snapshot(gone.id));
+  ASSERT_TRUE(verify_store(*store, {}));
+  EXPECT_EQ(VerifyState::load(store->paths()).packs.size(), 1u);
+}
+
+// Else it would not be read before that day comes.
+TEST_F(VerifyingAStore, DoesNotBelieveAClockThatWasAhead) {
+  constexpr int64_t hour = 3'600'000;
+  const auto store = open();
+  for (uint64_t i = 0; i < 4; ++i) {
+    write(*store, random_pages(100 * i, 50), {.vm = std::to_string(i)});
+  }
+  ASSERT_TRUE(verify_store(*store, {}));
+  const auto id = VerifyState::load(store->paths()).packs.rbegin()->first;
+  const auto date_it_ahead = [&](int64_t began) {
+    VerifyState state = VerifyState::load(store->paths());
+    state.packs[id].at_unix_ms = now_unix_ms() + hour;
+    state.began_unix_ms = began;
+    ASSERT_TRUE(state.save(store->paths()));
+  };
+  date_it_ahead(0);
+  EXPECT_EQ(verify_store(*store, {.sample = 0.24}).value().packs_checked, 1u);
+  EXPECT_LE(VerifyState::load(store->paths()).packs[id].at_unix_ms, now_unix_ms());
+  const int64_t before = now_unix_ms() - hour;
+  date_it_ahead(before);
+  const StoreVerifyReport report = verify_store(*store, {.resume = true}).value();
+  EXPECT_EQ(report.packs_checked, 1u);
+  EXPECT_EQ(report.packs_resumed, 3u);
+  // Nor is a run that began then one to go on with.
+  date_it_ahead(now_unix_ms() + hour / 2);
+  EXPECT_EQ(verify_store(*store, {.resume = true}).value().packs_checked, 4u);
 }
 
 }  // namespace
