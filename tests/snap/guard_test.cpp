@@ -1,6 +1,7 @@
 // The guard resumes a VM whose snapshotter died, and ends one that stands still.
 #include "snap/guard.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -13,6 +14,7 @@
 #include <cstring>
 #include <thread>
 
+#include "formats/image_info.h"
 #include "snap/pause_command.h"
 #include "tests/snap/victim.h"
 
