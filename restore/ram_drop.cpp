@@ -18,7 +18,6 @@
 #include "formats/thread.h"
 #include "restore/removals.h"
 #include "snap/vmm/injector.h"
-#include "snap/vmm/pagemap.h"
 #include "snap/vmm/preflight.h"
 
 namespace vmsnap {
