@@ -242,6 +242,10 @@ Status drop_memory(const Process& process, const Uffd& uffd, const GuestMemory& 
   const Status drained = drain.end();
   if (!dropped) return tl::unexpected(dropped.error());
   VMSNAP_CHECK(drained);
+  if (*dropped == -ECANCELED) {
+    return fail(ErrorCode::vm, "vmsnap stood still while a thread of {} waited for it",
+                process.describe());
+  }
   if (*dropped < 0) {
     return fail_errno(static_cast<int>(-*dropped), "{} cannot hand back its memory",
                       process.describe());

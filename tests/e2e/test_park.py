@@ -217,6 +217,20 @@ def test_interrupted(shared_world, guest, point, number):
     victims.check_ordered_live(shared_world, guest)
 
 
+def test_stopped_halfway(world):
+    """We, while a thread of the VM drops its memory: it is let go, and what was dropped
+    comes back."""
+    guest = victims.OrderedGuest(world)
+    run, run_dir, _ = stopped_park(world, guest, "park.half_dropped")
+    harness.wait_until(lambda: not checks.traced_threads(guest.pid), "the thread to be let go")
+    run.signal(signal.SIGCONT)
+    run.wait().expect("vm")
+    checks.assert_goes_on(guest)
+    wait_for_end(world, run_dir)
+    victims.check_ordered_live(world, guest)
+    checks.assert_running(guest)
+
+
 def test_failing_halfway(world):
     """Shared memory is gone, and a debugger keeps us from dropping the private
     part: the VM runs on, and has what was dropped from the image."""
