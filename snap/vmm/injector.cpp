@@ -93,7 +93,9 @@ Result<int64_t> run_injected(const Process& process,
   for (;;) {
     Message message;
     const ssize_t got = ::recv(ours.get(), &message, sizeof message, 0);
-    if (got < 0 && errno == EINTR) continue;
+    // ECONNRESET, once: it ended without reading an answer that came too late. What it
+    // said before is still to be read.
+    if (got < 0 && (errno == EINTR || errno == ECONNRESET)) continue;
     if (got != sizeof message) break;
     if (message.kind == Message::Kind::question) {
       const int64_t reply = answer ? answer(message.number) : 0;
