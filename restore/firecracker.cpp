@@ -177,19 +177,12 @@ Result<Handshake> receive_handshake(int socket, uint64_t image_pages,
   for (auto state = ArrayScanner::State::incomplete; state != ArrayScanner::State::complete;) {
     VMSNAP_CHECK(wait_readable(socket, deadline));
     std::array<char, 16384> piece;
-    // One is expected, a second tells that it is not alone.
-    alignas(cmsghdr) std::array<char, CMSG_SPACE(2 * sizeof(int))> control;
-    iovec bytes = {piece.data(), piece.size()};
-    msghdr header = {};
-    header.msg_iov = &bytes;
-    header.msg_iovlen = 1;
-    header.msg_control = control.data();
-    header.msg_controllen = control.size();
-    const ssize_t got = ::recvmsg(socket, &header, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-    if (got < 0 && (errno == EINTR || errno == EAGAIN)) continue;
+    // One descriptor is expected, a second tells that it is not alone.
+    const auto [got, flags] = receive_with_descriptors(
+        socket, std::as_writable_bytes(std::span(piece)), 2, descriptors, MSG_DONTWAIT);
+    if (got < 0 && errno == EAGAIN) continue;
     if (got < 0) return fail_errno(errno, "cannot receive a handshake");
-    collect_descriptors(header, descriptors);
-    if (header.msg_flags & MSG_CTRUNC) return bad("too many descriptors came with it");
+    if (flags & MSG_CTRUNC) return bad("too many descriptors came with it");
     if (descriptors.size() > 1) {
       return bad("{} descriptors came with it, not one", descriptors.size());
     }

@@ -110,18 +110,11 @@ bool GuardProcess::parent_is_dying() const {
 // False: nobody is there any more.
 bool GuardProcess::hear() {
   char what[256];
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
-  iovec bytes = {what, sizeof what};
-  msghdr header = {};
-  header.msg_iov = &bytes;
-  header.msg_iovlen = 1;
-  header.msg_control = control;
-  header.msg_controllen = sizeof control;
-  const ssize_t got = ::recvmsg(socket.get(), &header, MSG_CMSG_CLOEXEC);
-  if (got < 0 && errno == EINTR) return true;
-  if (got <= 0) return false;
   std::vector<Fd> descriptors;
-  collect_descriptors(header, descriptors);
+  const ssize_t got =
+      receive_with_descriptors(socket.get(), std::as_writable_bytes(std::span(what)), 1, descriptors)
+          .bytes;
+  if (got <= 0) return false;
   if (!descriptors.empty()) uffd = Uffd::adopt(std::move(descriptors.front()));
   for (ssize_t i = 0; i < got; ++i) note(what[i]);
   return true;

@@ -41,22 +41,13 @@ Result<std::optional<LinkMessage>> receive_message(int socket, std::chrono::mill
   } while (ready < 0 && errno == EINTR);
   if (ready == 0) return fail(ErrorCode::vm, "the farm's page server does not answer");
   std::vector<char> text(max_message);
-  alignas(cmsghdr) char control[CMSG_SPACE(max_link_descriptors * sizeof(int))];
-  iovec bytes = {text.data(), text.size()};
-  msghdr header = {};
-  header.msg_iov = &bytes;
-  header.msg_iovlen = 1;
-  header.msg_control = control;
-  header.msg_controllen = sizeof control;
-  ssize_t got;
-  do {
-    got = ::recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
-  } while (got < 0 && errno == EINTR);
-  if (got <= 0) return std::nullopt;  // ECONNRESET is an end, too
   LinkMessage message;
-  collect_descriptors(header, message.descriptors);
+  const auto [got, flags] =
+      receive_with_descriptors(socket, std::as_writable_bytes(std::span(text)),
+                               max_link_descriptors, message.descriptors);
+  if (got <= 0) return std::nullopt;  // ECONNRESET is an end, too
   message.json = parse_json({text.data(), static_cast<size_t>(got)});
-  if ((header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) || !message.json.is_object()) {
+  if ((flags & (MSG_TRUNC | MSG_CTRUNC)) || !message.json.is_object()) {
     return fail(ErrorCode::damaged, "what came over the farm's socket is no message of ours");
   }
   return message;

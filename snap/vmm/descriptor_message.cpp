@@ -36,6 +36,8 @@ ssize_t send_with_descriptors(int socket, std::span<const std::byte> bytes,
   return sent;
 }
 
+namespace {
+
 void collect_descriptors(msghdr& header, std::vector<Fd>& descriptors) {
   for (cmsghdr* part = CMSG_FIRSTHDR(&header); part; part = CMSG_NXTHDR(&header, part)) {
     if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
@@ -46,6 +48,25 @@ void collect_descriptors(msghdr& header, std::vector<Fd>& descriptors) {
       descriptors.emplace_back(fd);
     }
   }
+}
+
+}  // namespace
+
+Received receive_with_descriptors(int socket, std::span<std::byte> bytes, size_t most,
+                                  std::vector<Fd>& descriptors, int flags) {
+  iovec data = {bytes.data(), bytes.size()};
+  alignas(cmsghdr) char control[CMSG_SPACE(max_descriptors * sizeof(int))];
+  msghdr message = {};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  ssize_t got;
+  do {
+    message.msg_controllen = CMSG_SPACE(std::min(most, max_descriptors) * sizeof(int));
+    got = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC | flags);
+  } while (got < 0 && errno == EINTR);
+  if (got >= 0) collect_descriptors(message, descriptors);
+  return {got, message.msg_flags};
 }
 
 }  // namespace vmsnap

@@ -19,7 +19,15 @@ namespace vmsnap {
 ssize_t send_with_descriptors(int socket, std::span<const std::byte> bytes,
                               std::span<const int> descriptors, int flags = 0);
 
-// Takes over every descriptor that came with a message received by recvmsg(2).
-void collect_descriptors(msghdr& header, std::vector<Fd>& descriptors);
+struct Received {
+  ssize_t bytes = -1;  // what recvmsg(2) returned; errno is its
+  int flags = 0;       // MSG_TRUNC, MSG_CTRUNC
+};
+
+// One recvmsg(2), through signals: blocks as the socket does, or not with
+// MSG_DONTWAIT in `flags`. What comes along is added to `descriptors`; beyond `most`
+// (eight at most) the kernel closes it, and says MSG_CTRUNC.
+Received receive_with_descriptors(int socket, std::span<std::byte> bytes, size_t most,
+                                  std::vector<Fd>& descriptors, int flags = 0);
 
 }  // namespace vmsnap
