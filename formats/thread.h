@@ -6,6 +6,7 @@
 #include <system_error>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "formats/error.h"
 
@@ -26,7 +27,21 @@ Result<std::thread> start_thread(Work work) {
   }
 }
 
-// The same for one whose end can be waited for with a limit. An exception of `work`
+// As many that do the same as there is room for, `count` at most; an error if that is
+// none, though some are wanted.
+template <class Work>
+Result<std::vector<std::thread>> start_threads(size_t count, const Work& work) {
+  std::vector<std::thread> threads;
+  while (threads.size() < count) {
+    auto thread = start_thread(work);
+    if (!thread && threads.empty()) return tl::unexpected(std::move(thread).error());
+    if (!thread) break;
+    threads.push_back(*std::move(thread));
+  }
+  return threads;
+}
+
+// One whose end can be waited for with a limit. An exception of `work`
 // must not leave it: it would vanish in the future.
 template <class Work>
 Result<std::future<void>> start_async(Work work) {

@@ -30,7 +30,7 @@ Result<PageServer::Answer> PageServer::answer(const Fault& fault, std::span<std:
   if (marks_.wanted(first_page)) {
     has_data = read_unit(range, first_page, buffer.first(range.unit));
     if (!has_data && !is_lasting(has_data.error())) {
-      if (delay_.begins()) say(delay_text(options_.vm, has_data.error()));
+      say_delay(has_data.error());
       return Answer::later;
     }
     if (!has_data) return give_up(range, first_page, has_data.error().message());

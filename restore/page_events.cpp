@@ -31,14 +31,15 @@ constexpr size_t events_at_once = 16;
 // One can do it all, only slower. Without any, whoever touches a page waits as for one
 // that cannot be read now.
 void PageServer::start_answerers() {
-  while (answerers_.size() < std::max(1u, options_.fault_threads)) {
-    auto answerer = start_thread([this] { run_answerer(); });
-    if (answerer) {
-      answerers_.push_back(*std::move(answerer));
-      continue;
+  for (;;) {
+    auto answerers = start_threads(std::max(1u, options_.fault_threads), [this] { run_answerer(); });
+    if (answerers) {
+      answerers_ = *std::move(answerers);
+      return;
     }
-    if (!answerers_.empty() || stop_.load() || vm_is_gone()) return;
-    log_delay(delay_, options_.vm, answerer.error());
+    if (stop_.load() || vm_is_gone()) return;
+    say_delay(answerers.error());
+    tell();
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
   }
 }
@@ -123,6 +124,10 @@ Result<ServeEnd> PageServer::watch_until_end() {
     if (vm_is_gone()) return ServeEnd::vm_gone;
     looked = Clock::now();
   }
+}
+
+void PageServer::say_delay(const Error& why) {
+  if (delay_.begins()) say(delay_text(options_.vm, why));
 }
 
 void PageServer::say(std::string line) {

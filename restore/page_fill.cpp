@@ -100,7 +100,7 @@ bool PageServer::start_source() {
     source_ = *std::move(source);
     return true;
   }
-  if (delay_.begins()) say(delay_text(options_.vm, source.error()));
+  say_delay(source.error());
   fill_again_at_ = Clock::now() + between_rounds;
   return false;
 }
@@ -137,7 +137,7 @@ Result<uint64_t> PageServer::fill_piece(uint64_t budget) {
     case State::later:
       lock.unlock();
       skipped_ = true;
-      if (delay_.begins()) say(delay_text(options_.vm, *extent_->delayed));
+      say_delay(*extent_->delayed);
       return piece.pages;
     case State::unreadable:
       lock.unlock();

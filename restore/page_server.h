@@ -154,6 +154,7 @@ class PageServer {
   void queue_faults(std::span<const Fault> faults);
   void postpone(const Fault& fault);
   Result<std::optional<Fault>> read_fault();
+  void say_delay(const Error& why);
   void say(std::string line);
   void tell();
   std::optional<Fault> fault_of(const UffdEvent& event);

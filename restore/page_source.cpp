@@ -66,21 +66,10 @@ Result<std::unique_ptr<PageSource>> PageSource::start(const ImageReader& reader,
 }
 
 Status PageSource::start_decoders(unsigned count) {
-  while (threads_.size() < count) {
-    {
-      std::lock_guard lock(queue_mutex_);
-      ++decoders_running_;
-    }
-    auto thread = start_thread([this] { run_decoder(); });
-    if (thread) {
-      threads_.push_back(*std::move(thread));
-      continue;
-    }
-    std::lock_guard lock(queue_mutex_);
-    --decoders_running_;
-    if (threads_.empty()) return tl::unexpected(std::move(thread).error());
-    break;  // then with fewer
-  }
+  decoders_running_ = count;
+  threads_ = VMSNAP_TRY(start_threads(count, [this] { run_decoder(); }));
+  std::lock_guard lock(queue_mutex_);
+  decoders_running_ -= count - static_cast<unsigned>(threads_.size());
   return {};
 }
 

@@ -112,18 +112,18 @@ Status compare_memory(const Process& process, const ImageReader& image, const Gu
     return {};
   };
   std::vector<Status> ended(default_threads());
-  const auto work_as = [&](size_t i) {
-    ended[i] = work();
-    if (!ended[i]) failed = true;
+  std::atomic<size_t> begun = 0;
+  const auto work_as_one = [&] {
+    Status& end = ended[begun++];
+    end = work();
+    if (!end) failed = true;
   };
-  std::vector<std::thread> threads;
-  while (threads.size() + 1 < ended.size()) {
-    auto thread = start_thread([&work_as, i = threads.size() + 1] { work_as(i); });
-    if (!thread) break;  // then with fewer
-    threads.push_back(*std::move(thread));
+  // This thread is one, and if there is room for no other does it all.
+  auto others = start_threads(ended.size() - 1, work_as_one);
+  work_as_one();
+  if (others) {
+    for (std::thread& thread : *others) thread.join();
   }
-  work_as(0);
-  for (std::thread& thread : threads) thread.join();
   for (Status& end : ended) VMSNAP_CHECK(std::move(end));
   return {};
 }
