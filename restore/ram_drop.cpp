@@ -221,11 +221,13 @@ Status drop_memory(const Process& process, const Uffd& uffd, const GuestMemory& 
   }
   if (private_windows.empty()) return {};
 
-  enum Answer : int64_t { go_on = 0, stop = 1 };
+  enum Answer : int64_t { go_on = 0, nobody = 1 };
   const auto errand = [&](RemoteThread& thread, InjectorLink& link) -> Result<int64_t> {
     let_go();
     for (size_t i = 0; i < private_windows.size(); ++i) {
-      if (link.ask(static_cast<int64_t>(i), stop) == stop) return -ECANCELED;
+      if (link.ask(static_cast<int64_t>(i), nobody) == nobody) {
+        return tl::unexpected(stood_still(process));
+      }
       const RemoteRange& window = private_windows[i];
       const int64_t dropped = VMSNAP_TRY(thread.call(
           SYS_madvise, {window.start.address(), window.length, uint64_t{MADV_DONTNEED}}));
@@ -242,10 +244,6 @@ Status drop_memory(const Process& process, const Uffd& uffd, const GuestMemory& 
   const Status drained = drain.end();
   if (!dropped) return tl::unexpected(dropped.error());
   VMSNAP_CHECK(drained);
-  if (*dropped == -ECANCELED) {
-    return fail(ErrorCode::vm, "vmsnap stood still while a thread of {} waited for it",
-                process.describe());
-  }
   if (*dropped < 0) {
     return fail_errno(static_cast<int>(-*dropped), "{} cannot hand back its memory",
                       process.describe());

@@ -46,16 +46,12 @@ Result<HandedUffd> make_and_take(const Process& process, const Maker& make, Keep
   HandedUffd handed;
   const auto errand = [&](RemoteThread& thread, InjectorLink& link) -> Result<int64_t> {
     // Whoever stood still is not to take a descriptor later, which may be another by then.
-    const auto stood_still = [&] {
-      return fail(ErrorCode::vm, "vmsnap stood still while a thread of {} waited for it",
-                  process.describe());
-    };
-    if (link.ask(thread_is_seized, nobody) == nobody) return stood_still();
+    if (link.ask(thread_is_seized, nobody) == nobody) return tl::unexpected(stood_still(process));
     const int64_t made = VMSNAP_TRY(make(thread));
     if (made < 0) return made;
     const int64_t answer = link.ask(made, nobody);
     if (answer != keep_it) VMSNAP_TRY(thread.call(SYS_close, {static_cast<uint64_t>(made)}));
-    if (answer == nobody) return stood_still();
+    if (answer == nobody) return tl::unexpected(stood_still(process));
     return made;
   };
   const auto answer = [&](int64_t number) -> int64_t {

@@ -58,6 +58,11 @@ int64_t InjectorLink::ask(int64_t number, int64_t otherwise) const {
   return ::recv(fd_, &reply, sizeof reply, 0) == sizeof reply ? reply : otherwise;
 }
 
+Error stood_still(const Process& process) {
+  return Error(ErrorCode::vm, fmt::format("vmsnap stood still while a thread of {} waited for it",
+                                          process.describe()));
+}
+
 Result<int64_t> run_injected(const Process& process,
                              const std::function<Result<int64_t>(RemoteThread&, InjectorLink&)>& errand,
                              const std::function<int64_t(int64_t)>& answer) {

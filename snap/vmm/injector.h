@@ -28,6 +28,9 @@ class InjectorLink {
   int fd_;
 };
 
+// What the errand fails with when it got no answer, and the VM is to have it undone.
+Error stood_still(const Process& process);
+
 // Runs `errand` with a seized thread in the child; each number it sends with
 // ask() is given to `answer` here. Returns the errand's value (a system call's
 // result, -errno included). Blocks for some milliseconds; ErrorCode::vm if the
