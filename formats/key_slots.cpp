@@ -3,12 +3,13 @@
 #include <sodium.h>
 
 #include <array>
-#include <chrono>
 #include <optional>
 #include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "formats/clock.h"
 
 namespace vmsnap {
 
@@ -162,7 +163,6 @@ tl::unexpected<Error> opens_nothing(const std::string& name, KeyKind kind, bool 
 
 Result<nlohmann::json> make_slot(const SecretKey& master, const KeyMaterial& material,
                                  PassphraseCost cost) {
-  using namespace std::chrono;
   Slot slot = {.kind = material.kind, .cost = cost};
   ::randombytes_buf(slot.salt.data(), slot.salt.size());
   ::randombytes_buf(slot.nonce.data(), slot.nonce.size());
@@ -170,10 +170,9 @@ Result<nlohmann::json> make_slot(const SecretKey& master, const KeyMaterial& mat
   ::crypto_secretbox_easy(slot.sealed.data(), master.bytes().data(), SecretKey::size,
                           slot.nonce.data(),
                           reinterpret_cast<const unsigned char*>(key.bytes().data()));
-  const auto now = duration_cast<milliseconds>(system_clock::now().time_since_epoch()).count();
   nlohmann::json json = {{"id", fmt::format("{:08x}", ::randombytes_random())},
                          {"kind", kind_name(slot.kind)},
-                         {"created_unix_ms", now},
+                         {"created_unix_ms", now_unix_ms()},
                          {"salt", to_base64(slot.salt)},
                          {"nonce", to_base64(slot.nonce)},
                          {"sealed", to_base64(slot.sealed)}};

@@ -3,6 +3,7 @@
 #include <thread>
 #include <utility>
 
+#include "formats/clock.h"
 #include "formats/elapsed.h"
 #include "formats/interrupt.h"
 #include "formats/test_point.h"
@@ -101,9 +102,7 @@ void SnapshotJob::start_copying() {
 }
 
 Status SnapshotJob::arm() {
-  instant_unix_ms_ = std::chrono::duration_cast<std::chrono::milliseconds>(
-                         std::chrono::system_clock::now().time_since_epoch())
-                         .count();
+  instant_unix_ms_ = now_unix_ms();
   VMSNAP_CHECK(capture_->arm());
   armed_ = true;
   return {};
