@@ -7,6 +7,7 @@ import checks
 import harness
 import system
 import test_serve
+import test_serve_hostile
 import victims
 
 MIB = 1 << 20
@@ -64,11 +65,7 @@ def test_snapshot_of_a_vm(world):
 def test_serve_lets_wait_whom_it_has_no_threads_for(world, allowed, vmms):
     """One VMM is served by five threads, or by two."""
     group = system.TaskGroup(world)
-    victim = victims.Writers(world, mib=16)
-    image = world.path("x.img")
-    world.vmsnap("snapshot", "--pid", victim.pid, *victim.range_arguments(),
-                 "--output", image).expect("ok")
-    raw = harness.export(world, image).read_bytes()
+    image, raw = test_serve_hostile.image_of_writers(world, world)
     path = world.path("uffd.sock")
     with group.allowing(allowed):
         run = world.start_vmsnap("serve", image, "--socket", path, "--prefetch", "none")
