@@ -72,7 +72,6 @@ std::span<const LaunchRewriter::RuleEntry> LaunchRewriter::rules() {
       {"audiodev", &LaunchRewriter::silence_audio},
       {"audio", &LaunchRewriter::silence_audio},
       {"device", &LaunchRewriter::detach_device},
-      {"add-fd", &LaunchRewriter::refuse_add_fd},
       {"readconfig", &LaunchRewriter::refuse_config_file},
   };
   return all;
@@ -296,7 +295,7 @@ Status LaunchRewriter::detach_device(QemuOption& option) {
   return {};
 }
 
-Status LaunchRewriter::refuse_add_fd(QemuOption& option) {
+Status LaunchRewriter::refuse_add_fd(const QemuOption& option) const {
   return tl::unexpected(
       Error(ErrorCode::usage,
             fmt::format("-add-fd {} passes a descriptor that only the original VM had",

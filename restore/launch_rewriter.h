@@ -32,6 +32,8 @@ class LaunchRewriter {
 
   Status replace_texts(std::vector<QemuOption>& options) const;
   Status apply_rules(QemuOption& option);
+  Status drop_what_nothing_names(std::vector<QemuOption>& options,
+                                 const std::vector<QemuOption>& extra);
   Result<std::string> socket_path(const std::string& name) const;
   std::string in_dir(const std::string& name) const { return request_.run_dir + "/" + name; }
 
@@ -52,7 +54,7 @@ class LaunchRewriter {
   Status silence_audio(QemuOption& option);
   Status detach_device(QemuOption& option);
   Status refuse_descriptors(QemuOption& option);
-  Status refuse_add_fd(QemuOption& option);
+  Status refuse_add_fd(const QemuOption& option) const;
   Status refuse_config_file(QemuOption& option);
 
   const LaunchRequest& request_;

@@ -1,6 +1,7 @@
 #include "restore/launch_rules.h"
 
 #include <algorithm>
+#include <cctype>
 #include <span>
 
 #include "restore/launch_rewriter.h"
@@ -65,6 +66,47 @@ void fold_settings(std::vector<QemuOption>& options) {
 
 }  // namespace
 
+namespace {
+
+bool is_secret(const QemuOption& option) {
+  if (option.name != "object" || !option.value) return false;
+  return OptionValue::parse(*option.value, "qom-type").get("qom-type") == "secret";
+}
+
+// Whether `name` is in the text, and not as the beginning of a longer one.
+bool has_name(const std::string& text, const std::string& name) {
+  for (size_t at = 0; (at = text.find(name, at)) != std::string::npos; ++at) {
+    const size_t end = at + name.size();
+    if (end == text.size() || !std::isalnum(static_cast<unsigned char>(text[end]))) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+// Descriptors for what has become a file of ours, and libvirt's key for what it would
+// send later, which lies in a file that goes with the original.
+Status LaunchRewriter::drop_what_nothing_names(std::vector<QemuOption>& options,
+                                               const std::vector<QemuOption>& extra) {
+  const auto is_named = [&](const QemuOption& named, const std::string& name) {
+    const auto names = [&](const QemuOption& other) {
+      return &other != &named && !other.dropped && other.value && has_name(*other.value, name);
+    };
+    return std::ranges::any_of(options, names) || std::ranges::any_of(extra, names);
+  };
+  for (QemuOption& option : options) {
+    if (option.dropped || option.is_replacement) continue;
+    const auto id = identity(option);
+    if (option.name == "add-fd") {
+      if (!id || is_named(option, "/dev/fdset/" + *id)) return refuse_add_fd(option);
+      option.dropped = true;
+    } else if (is_secret(option)) {
+      option.dropped = id && !is_named(option, *id);
+    }
+  }
+  return {};
+}
+
 Result<std::vector<std::string>> LaunchRewriter::rewrite() {
   const std::span<const std::string> recorded(request_.record.arguments);
   std::vector<QemuOption> options = parse_qemu_options(recorded.subspan(1));
@@ -72,25 +114,28 @@ Result<std::vector<std::string>> LaunchRewriter::rewrite() {
   fold_settings(options);
   std::vector<QemuOption> extra = parse_qemu_options(request_.extra);
 
-  std::vector<std::string> arguments;
-  const auto append = [&](const QemuOption& option) {
-    if (!option.written.empty()) arguments.push_back(option.written);
-    if (option.value) arguments.push_back(*option.value);
-  };
   for (QemuOption& option : options) {
     if (option.dropped) continue;
     const auto same = std::find_if(extra.begin(), extra.end(), [&](const QemuOption& other) {
       return identity(option) && other.name == option.name && identity(other) == identity(option);
     });
     if (same != extra.end()) {
-      if (!same->dropped) append(*same);
+      option = *same;
+      option.is_replacement = true;
       same->dropped = true;  // it has its place now
       continue;
     }
     VMSNAP_CHECK(apply_rules(option));
-    if (!option.dropped) append(option);
   }
+  VMSNAP_CHECK(drop_what_nothing_names(options, extra));
 
+  std::vector<std::string> arguments;
+  const auto append = [&](const QemuOption& option) {
+    if (option.dropped) return;
+    if (!option.written.empty()) arguments.push_back(option.written);
+    if (option.value) arguments.push_back(*option.value);
+  };
+  for (const QemuOption& option : options) append(option);
   const auto add = [&](std::initializer_list<std::string> words) {
     arguments.insert(arguments.end(), words);
   };
@@ -105,9 +150,7 @@ Result<std::vector<std::string>> LaunchRewriter::rewrite() {
   add({"-pidfile", in_dir("qemu.pid")});
   add({"-global", std::string(send_configuration_off)});
   add({"-S", "-incoming", "defer"});
-  for (const QemuOption& option : extra) {
-    if (!option.dropped) append(option);
-  }
+  for (const QemuOption& option : extra) append(option);
   return arguments;
 }
 

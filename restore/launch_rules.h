@@ -31,7 +31,11 @@
 //   -chardev null, ringbuf, vc ...    stay; every other kind becomes null
 //   -netdev -nic -net                 hostfwd= and guestfwd= dropped; a unix
 //                                     socket that it listens on: DIR/net-ID.sock
-//   fd= fds= vhostfd= ... , -add-fd   an error, unless replaced (below)
+//   -object secret                    dropped if nothing else names it (libvirt's
+//                                     masterKey0, whose file goes with the VM)
+//   -add-fd                           dropped if nothing names its set any more,
+//                                     else an error, unless replaced (below)
+//   fd= fds= vhostfd= ...             an error, unless replaced
 //   -readconfig                       an error, unless replaced: what is in the
 //                                     file is not seen here
 //   -set GROUP.ID.KEY=VALUE           written into the option that it changes

@@ -16,6 +16,7 @@ struct QemuOption {
   std::string name;                  // "netdev"
   std::optional<std::string> value;  // of an option that takes one
   bool dropped = false;
+  bool is_replacement = false;  // not recorded, but given in the place of one that was
 };
 
 // `arguments` without argv[0]. Together again, in order, they are the same.
