@@ -82,7 +82,7 @@ Status BackupRun::snapshot(const BackupVm& vm) {
   options.bytes_per_second = config_.bandwidth.value_or(0);
   options.level = config_.level;
   options.deltas = config_.delta;
-  const auto summary = snapshot_vm(vm.qmp, options, [](SnapshotPhase, const CaptureCounters*) {});
+  const auto summary = snapshot_vm(vm.monitor, options, [](SnapshotPhase, const CaptureCounters*) {});
   if (summary) {
     print({{"event", "snapshot"},
            {"vm", vm.name},
@@ -178,7 +178,7 @@ Status BackupRun::all() {
 
 Status BackupRun::steps() {
   for (const BackupVm& vm : config_.vms) {
-    VMSNAP_CHECK(note(snapshot(vm), fmt::format("VM '{}' ({}): ", vm.name, vm.qmp)));
+    VMSNAP_CHECK(note(snapshot(vm), fmt::format("VM '{}' ({}): ", vm.name, vm.monitor.describe())));
   }
   if (config_.keep) VMSNAP_CHECK(note(prune_store()));
   if (config_.sample > 0) VMSNAP_CHECK(note(verify_sample()));

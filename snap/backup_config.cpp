@@ -264,12 +264,26 @@ Status check_vm_tags(const BackupVm& vm, const TableReader& reader) {
   return name ? Status() : reader.fail_key("name", name.error());
 }
 
+Result<MonitorAddress> read_monitor(TableReader& reader) {
+  const std::string socket = VMSNAP_TRY(reader.path("qmp", longest_socket));
+  const std::string domain = VMSNAP_TRY(reader.text("libvirt", longest_name));
+  const std::string uri = VMSNAP_TRY(reader.text("connect", longest_path));
+  if (socket.empty() && domain.empty()) {
+    return reader.fail_key("qmp", "is missing: the monitor socket of the VM; or libvirt, its domain");
+  }
+  if (!socket.empty() && !domain.empty()) return reader.fail_key("libvirt", "cannot be beside qmp");
+  if (!uri.empty() && domain.empty()) return reader.fail_key("connect", "is for libvirt domains");
+  if (!domain.empty()) return MonitorAddress::of_domain(domain, uri);
+  return MonitorAddress(socket);
+}
+
 Result<BackupVm> read_vm(const toml::table& table, const std::string& file) {
   TableReader reader(table, file, "[[vm]]");
   BackupVm vm;
-  vm.qmp = VMSNAP_TRY(reader.path("qmp", longest_socket));
+  vm.monitor = VMSNAP_TRY(read_monitor(reader));
   // The name is one more tag of its snapshots.
-  vm.name = VMSNAP_TRY(reader.text("name", longest_name - backup_tag("").size(), vm.qmp));
+  vm.name = VMSNAP_TRY(reader.text("name", longest_name - backup_tag("").size(),
+                                   vm.monitor.is_libvirt() ? vm.monitor.domain : vm.monitor.socket));
   vm.tags = VMSNAP_TRY(reader.texts("tags", most_tags - 1, /*empty_too=*/false));
   VMSNAP_CHECK(check_vm_tags(vm, reader));
   const std::string disks = VMSNAP_TRY(reader.text("disks", longest_name));
@@ -284,7 +298,6 @@ Result<BackupVm> read_vm(const toml::table& table, const std::string& file) {
   }
   vm.max_age = VMSNAP_TRY(reader.duration("max-age"));
   VMSNAP_CHECK(reader.check_no_others());
-  if (vm.qmp.empty()) return reader.fail_key("qmp", "is missing: the monitor socket of the VM");
   return vm;
 }
 
@@ -299,15 +312,18 @@ Result<std::vector<BackupVm>> read_vms(const toml::node* node, const std::string
     return fail_at(file, line, fmt::format("more than {} VMs", most_vms), "Make several files of it.");
   }
   std::vector<BackupVm> vms;
-  std::set<std::string> sockets, names;
+  std::set<MonitorAddress> monitors;
+  std::set<std::string> names;
   for (const toml::node& element : *array) {
     const uint64_t vm_line = element.source().begin.line;
     const toml::table* table = element.as_table();
     if (!table) return fail_at(file, vm_line, "each VM is written [[vm]]");
     BackupVm vm = VMSNAP_TRY(read_vm(*table, file));
     if (!vm.max_age) vm.max_age = max_age;
-    if (!sockets.insert(std::filesystem::path(vm.qmp).lexically_normal()).second) {
-      return fail_at(file, vm_line, fmt::format("[[vm]] qmp: {} is there twice", vm.qmp));
+    MonitorAddress plain = vm.monitor;
+    plain.socket = std::filesystem::path(plain.socket).lexically_normal();
+    if (!monitors.insert(std::move(plain)).second) {
+      return fail_at(file, vm_line, fmt::format("[[vm]]: {} is there twice", vm.monitor.describe()));
     }
     if (!names.insert(vm.name).second) {
       return fail_at(file, vm_line, fmt::format("[[vm]] name: '{}' is there twice", vm.name));

@@ -14,13 +14,14 @@
 
 #include "formats/error.h"
 #include "formats/retention.h"
+#include "snap/vmm/monitor_address.h"
 
 namespace vmsnap {
 
 // One [[vm]].
 struct BackupVm {
-  std::string name;  // for reports; the socket, unless the file gives another
-  std::string qmp;   // absolute path of the monitor socket
+  std::string name;  // for reports; the socket or domain, unless the file gives another
+  MonitorAddress monitor;  // its socket is an absolute path
   TagList tags;
   bool without_disks = false;  // disks = "none"
   std::string pause_command;   // empty for none
@@ -45,7 +46,7 @@ struct BackupConfig {
   std::optional<uint64_t> memory;     // bytes
   std::optional<uint64_t> bandwidth;  // bytes a second
   std::optional<KeepRule> keep;   // none: nothing is pruned
-  std::vector<BackupVm> vms;      // at least one, with different sockets and names
+  std::vector<BackupVm> vms;      // at least one, with different monitors and names
 };
 
 // At most 1 MiB. Blocks on the file.

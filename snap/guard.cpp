@@ -26,6 +26,7 @@ constexpr std::chrono::milliseconds longest_beat_gap{50};
 // How long the guard tries to resume a VM that hangs; then it is for people to say
 // whether it shall run.
 constexpr std::chrono::hours resume_tries{1};
+constexpr std::chrono::milliseconds between_tries{200};
 // In which it looks whether we are dead and only cannot go.
 constexpr int look_every_ms = 500;
 // How long the guard waits for our death before it goes on: mostly that takes no time,
@@ -41,7 +42,7 @@ struct GuardProcess {
   const Process* vm = nullptr;
   std::vector<RemoteRange> memory;
   int qmp_fd = -1;
-  std::string qmp_path;
+  MonitorAddress monitor;
   std::optional<KsmPause>* ksm = nullptr;
   int limit_ms = 0;
 
@@ -165,12 +166,12 @@ void GuardProcess::resume_vm() {
   const auto end = std::chrono::steady_clock::now() + resume_tries;
   do {
     if (!vm->alive()) return;
-    auto qmp = Qmp::connect(qmp_path);
+    auto qmp = Qmp::connect(monitor);
     // Or another VM has that path now.
     const bool is_it = qmp && qmp->peer_pid().value_or(0) == vm->pid();
     if (is_it && qmp->execute("cont")) return;
     if (!qmp && is_gone(qmp.error())) return;
-    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    std::this_thread::sleep_for(between_tries);
   } while (std::chrono::steady_clock::now() < end);
 }
 
@@ -203,7 +204,7 @@ Result<Guard> Guard::start(const GuardedVm& vm, std::optional<KsmPause>* ksm,
     guard.memory = vm.memory;
     if (vm.qmp) {
       guard.qmp_fd = vm.qmp->fd();
-      guard.qmp_path = vm.qmp->socket_path();
+      guard.monitor = vm.qmp->address();
     }
     guard.ksm = ksm;
     guard.limit_ms = static_cast<int>(stand_still_limit.count());

@@ -1,5 +1,4 @@
-// Taking a snapshot: of a QEMU behind a monitor socket, or of ranges of any
-// process.
+// Taking a snapshot: of a QEMU behind its monitor, or of ranges of any process.
 //
 // One call does the whole of it and blocks until the image is committed under
 // its final name. Whatever fails, the VM runs on (or stays paused, if it was),
@@ -17,6 +16,7 @@
 #include "formats/error.h"
 #include "formats/store/store.h"
 #include "snap/capture_state.h"
+#include "snap/vmm/monitor_address.h"
 
 namespace vmsnap {
 
@@ -63,7 +63,7 @@ enum class SnapshotPhase { waiting_for_restore, preparing, copying, committing }
 // Called a few times a second while copying; null counters in other phases.
 using SnapshotProgress = std::function<void(SnapshotPhase, const CaptureCounters*)>;
 
-Result<SnapshotSummary> snapshot_vm(const std::string& qmp_socket, const SnapshotOptions& options,
+Result<SnapshotSummary> snapshot_vm(const MonitorAddress& monitor, const SnapshotOptions& options,
                                     const SnapshotProgress& progress);
 
 // Ranges of addresses of the process, page aligned, in any order.

@@ -17,7 +17,7 @@ namespace vmsnap {
 namespace {
 
 struct Arguments {
-  std::string qmp;
+  std::string qmp, libvirt, connect;
   pid_t pid = 0;
   std::vector<std::string> ranges;
   std::string disks = "refuse";
@@ -34,6 +34,8 @@ constexpr const char* examples = R"(Examples:
     vmsnap snapshot --qmp /run/vm1.qmp --output /backup/vm1.img
   Into a store, which keeps what is new:
     vmsnap snapshot --qmp /run/vm1.qmp --store /backup/vms --tag nightly
+  One that libvirt runs:
+    vmsnap snapshot --libvirt vm1 --store /backup/vms --tag nightly
   With an LVM snapshot of its disk at the same instant:
     vmsnap snapshot --qmp /run/vm1.qmp --output vm1.img --disks none \
         --in-pause 'lvcreate -s -n vm1-snap -L 5G vg/vm1'
@@ -126,9 +128,12 @@ Status run(const Arguments& arguments, CommandContext& context) {
   const SnapshotProgress progress = [&](SnapshotPhase phase, const CaptureCounters* counters) {
     line.show(phase, counters);
   };
-  const auto summary = arguments.qmp.empty()
+  const MonitorAddress monitor =
+      arguments.libvirt.empty() ? MonitorAddress(arguments.qmp)
+                                : MonitorAddress::of_domain(arguments.libvirt, arguments.connect);
+  const auto summary = arguments.pid != 0
                            ? snapshot_process(arguments.pid, std::move(ranges), options, progress)
-                           : snapshot_vm(arguments.qmp, options, progress);
+                           : snapshot_vm(monitor, options, progress);
   line.clear();
   if (!summary) return tl::unexpected(summary.error());
   if (arguments.json) {
@@ -151,10 +156,17 @@ void add_snapshot_command(CLI::App& app, CommandContext& context) {
 
   auto* qmp = command->add_option("--qmp", arguments->qmp, "Monitor (QMP) socket of a running QEMU")
                   ->type_name("SOCKET");
+  auto* libvirt = command->add_option("--libvirt", arguments->libvirt, "Domain that libvirt runs")
+                      ->type_name("DOMAIN")
+                      ->excludes(qmp);
+  command->add_option("--connect", arguments->connect, "Which libvirt (default: the system's)")
+      ->type_name("URI")
+      ->needs(libvirt);
   auto* pid = command->add_option("--pid", arguments->pid, "Process whose memory to snapshot")
                   ->type_name("PID")
                   ->check(CLI::Range(1, 1 << 22))
-                  ->excludes(qmp);
+                  ->excludes(qmp)
+                  ->excludes(libvirt);
   auto* range = command->add_option("--range", arguments->ranges, "Addresses in it, hexadecimal (repeatable)")
                     ->type_name("START-END")
                     ->needs(pid);
@@ -206,13 +218,14 @@ void add_snapshot_command(CLI::App& app, CommandContext& context) {
       ->check(CLI::Range(-7, 19));
   command->add_flag("--json", arguments->json, "Print one JSON object");
 
-  command->callback([arguments, qmp, pid, output, store, &context] {
-    context.run = [arguments, qmp, pid, output, store, &context]() -> Status {
-      if (output->empty() && store->empty()) {
+  command->callback([arguments, &context] {
+    context.run = [arguments, &context]() -> Status {
+      if (arguments->options.output.empty() && arguments->store.directory.empty()) {
         return fail(ErrorCode::usage, "give --output FILE or --store DIR");
       }
-      if (qmp->empty() && pid->empty()) {
-        return fail(ErrorCode::usage, "give --qmp SOCKET, or --pid PID with --range START-END");
+      if (arguments->qmp.empty() && arguments->libvirt.empty() && arguments->pid == 0) {
+        return fail(ErrorCode::usage,
+                    "give --qmp SOCKET, --libvirt DOMAIN, or --pid PID with --range START-END");
       }
       return run(*arguments, context);
     };

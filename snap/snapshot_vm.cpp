@@ -20,6 +20,10 @@ namespace {
 // waited for while the guest stands still.
 constexpr std::chrono::seconds pause_answer_limit{5};
 
+// For an event that may be late, when it is not sure that there is one; and when it is.
+constexpr std::chrono::milliseconds likely_here{100};
+constexpr std::chrono::seconds surely_here{2};
+
 // The VM stands still while this lives. A VM that was paused before is left so.
 // Others may stop and resume it through monitors of their own at any time.
 class VmPause {
@@ -38,11 +42,15 @@ class VmPause {
     const uint64_t stops = qmp_.stops();
     // Also if it was paused: it may not be any more.
     VMSNAP_TRY(qmp_.execute("stop"));
+    if (!was_running_ && qmp_.has_late_events()) {
+      VMSNAP_CHECK(qmp_.read_events(likely_here, [&] { return qmp_.stops() > stops; }));
+    }
     if (!was_running_ && qmp_.stops() > stops) {
       was_running_ = true;
       job_.resume_if_we_die();
     }
-    resumes_ = VMSNAP_TRY(qmp_.look_for_resumes());
+    VMSNAP_CHECK(qmp_.read_events());
+    resumes_ = qmp_.resumes();
     VMSNAP_TEST_POINT("pause.stopped");
     return {};
   }
@@ -51,10 +59,19 @@ class VmPause {
 
   // After the instant: the devices' state and the memory are of one.
   Status check_stood_still() {
-    if (VMSNAP_TRY(qmp_.look_for_resumes()) == resumes_) return {};
-    return tl::unexpected(
-        Error(ErrorCode::vm, "somebody else resumed the VM while it was to stand still for the snapshot")
-            .with_remedy("Take the snapshot again when nobody stops and resumes the VM."));
+    if (qmp_.has_late_events() && VMSNAP_TRY(check_guest_state(qmp_)).running) return resumed();
+    VMSNAP_CHECK(qmp_.read_events());
+    return qmp_.resumes() == resumes_ ? Status() : resumed();
+  }
+
+  // After the end. Events come in their order: when there is that of our own `cont`,
+  // there is that of any before it.
+  Status check_late_events() {
+    if (!qmp_.has_late_events()) return {};
+    const uint64_t ours = was_running_ ? 1 : 0;
+    VMSNAP_CHECK(qmp_.read_events(was_running_ ? surely_here : likely_here,
+                                  [&] { return qmp_.resumes() > resumes_; }));
+    return qmp_.resumes() == resumes_ + ours ? Status() : resumed();
   }
 
   Status end() {
@@ -81,6 +98,12 @@ class VmPause {
   }
 
  private:
+  static tl::unexpected<Error> resumed() {
+    return tl::unexpected(
+        Error(ErrorCode::vm, "somebody else resumed the VM while it was to stand still for the snapshot")
+            .with_remedy("Take the snapshot again when nobody stops and resumes the VM."));
+  }
+
   Qmp& qmp_;
   SnapshotJob& job_;
   bool was_running_ = false;
@@ -200,6 +223,7 @@ Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& o
   if (!resumed) qmp.close();
   VMSNAP_CHECK(resumed);
   VMSNAP_CHECK(paused);
+  VMSNAP_CHECK(pause.check_late_events());
   record.was_running = pause.was_running();
   VMSNAP_CHECK(check_same_blocks(qmp, memory));
   // Others may use the monitor from here on, unless it is to resume the VM yet.
@@ -211,11 +235,11 @@ Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& o
 
 }  // namespace
 
-Result<SnapshotSummary> snapshot_vm(const std::string& qmp_socket, const SnapshotOptions& options,
+Result<SnapshotSummary> snapshot_vm(const MonitorAddress& monitor, const SnapshotOptions& options,
                                     const SnapshotProgress& progress) {
   VMSNAP_TEST_POINT("snapshot.start");
   VMSNAP_CHECK(check_tags(options.tags, options.dedup_domain));
-  Qmp qmp = VMSNAP_TRY(Qmp::connect(qmp_socket, std::chrono::seconds(10), Qmp::Signals::heed));
+  Qmp qmp = VMSNAP_TRY(Qmp::connect(monitor, std::chrono::seconds(10), Qmp::Signals::heed));
   const Process process = VMSNAP_TRY(Process::open(VMSNAP_TRY(qmp.peer_pid())));
   // The job ends, and lets the VM go, before we ask what an error meant.
   const auto summary = [&] {

@@ -56,7 +56,8 @@ _vmsnap() {
     argument=$(_vmsnap_argument "$options" "$previous")
     case $argument in
       '') ;;
-      N | SECONDS | PID | START-END | DURATION | TAG | NAME | COMMAND | SIZE | PERCENT) return ;;
+      DOMAIN) COMPREPLY=($(compgen -W "$(virsh -q list --name 2>/dev/null)" -- "$word")); return ;;
+      N | SECONDS | PID | START-END | URI | DURATION | TAG | NAME | COMMAND | SIZE | PERCENT) return ;;
       none) COMPREPLY=($(compgen -W none -- "$word")); return ;;
       'none|working-set|all')
         COMPREPLY=($(compgen -W 'none working-set all' -- "$word")); return ;;

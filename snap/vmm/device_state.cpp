@@ -21,7 +21,7 @@ Result<DeviceStateTarget> DeviceStateTarget::prepare(Qmp& qmp) {
   const auto answer = VMSNAP_TRY(qmp.execute("add-fd", {{"opaque", "vmsnap"}}, {writable.get()}));
   if (!answer.is_object() || !answer.contains("fdset-id") ||
       !answer["fdset-id"].is_number_integer()) {
-    return fail(ErrorCode::vm, "QMP socket {}: add-fd gave no set", qmp.socket_path());
+    return fail(ErrorCode::vm, "{}: add-fd gave no set", qmp.name());
   }
   target.set_ = answer["fdset-id"].get<int64_t>();
   return target;

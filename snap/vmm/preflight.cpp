@@ -27,7 +27,7 @@ Result<GuestState> check_guest_state(Qmp& qmp) {
   if (status == "running") return GuestState{.running = true};
   if (status == "paused") return GuestState{.running = false};
   return refuse(fmt::format("the VM behind {} is in state '{}', which cannot be snapshotted",
-                            qmp.socket_path(), status),
+                            qmp.name(), status),
                 "Bring it to 'running' or 'paused' first.");
 }
 

@@ -4,12 +4,14 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
 #include "formats/interrupt.h"
 #include "formats/json.h"
 #include "snap/vmm/descriptor_message.h"
+#include "snap/vmm/libvirt_monitor.h"
 #include "snap/vmm/unix_socket.h"
 
 namespace vmsnap {
@@ -21,11 +23,12 @@ using Json = nlohmann::json;
 
 constexpr size_t max_reply = 16 << 20;
 constexpr const char* one_client_at_a_time =
-    "Another program may hold this monitor (libvirt does): give the VM a second -qmp socket.";
+    "Another program may hold this monitor. If it is libvirt, use --libvirt; else give the VM a "
+    "second -qmp socket.";
 
-tl::unexpected<Error> bad(const std::string& path, std::string what, std::string remedy) {
-  return tl::unexpected(Error(ErrorCode::vm, fmt::format("QMP socket {}: {}", path, what))
-                            .with_remedy(std::move(remedy)));
+tl::unexpected<Error> bad(const std::string& name, std::string what, std::string remedy) {
+  return tl::unexpected(
+      Error(ErrorCode::vm, fmt::format("{}: {}", name, what)).with_remedy(std::move(remedy)));
 }
 
 Result<Fd> connect_to_monitor(const std::string& path, std::chrono::milliseconds limit,
@@ -61,28 +64,30 @@ Result<bool> wait_readable(int fd, Clock::time_point deadline, Qmp::Signals sign
 
 // One sendmsg, so that a command is never sent by halves: what a successor on
 // the same socket writes then starts a new command.
-Status send_line(int fd, const std::string& path, const std::string& line,
+Status send_line(int fd, const std::string& name, const std::string& line,
                  const std::vector<int>& descriptors) {
   const ssize_t sent = send_with_descriptors(fd, std::as_bytes(std::span(line)), descriptors);
   if (sent < 0) {
     return tl::unexpected(
-        Error::from_errno(errno, fmt::format("QMP socket {}: cannot send", path), ErrorCode::vm));
+        Error::from_errno(errno, fmt::format("{}: cannot send", name), ErrorCode::vm));
   }
   if (static_cast<size_t>(sent) != line.size()) {
-    return bad(path, "the VM does not read its monitor", "See whether the VM hangs.");
+    return bad(name, "the VM does not read its monitor", "See whether the VM hangs.");
   }
   return {};
 }
 
 }  // namespace
 
-Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::milliseconds limit,
+Result<Qmp> Qmp::connect(const MonitorAddress& address, std::chrono::milliseconds limit,
                          Signals signals) {
   Qmp qmp;
   qmp.signals_ = signals;
-  qmp.path_ = socket_path;
+  qmp.address_ = address;
+  qmp.name_ = address.describe();
   qmp.limit_ = limit;
-  qmp.fd_ = VMSNAP_TRY(connect_to_monitor(socket_path, limit, signals));
+  qmp.fd_ = VMSNAP_TRY(address.is_libvirt() ? start_libvirt_monitor(address)
+                                            : connect_to_monitor(address.socket, limit, signals));
   // A monitor talks to one client at a time; the greeting of a second one
   // waits until the first has gone.
   auto greeting = qmp.read_message(Clock::now() + limit);
@@ -90,10 +95,16 @@ Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::millisecon
     return tl::unexpected(std::move(greeting).error());
   }
   if (!greeting) {
-    return tl::unexpected(std::move(greeting).error().with_remedy(one_client_at_a_time));
+    return tl::unexpected(std::move(greeting).error().with_remedy(
+        address.is_libvirt() ? "See whether libvirt answers, and which domains run: virsh list."
+                             : one_client_at_a_time));
+  }
+  if (address.is_libvirt() && greeting->contains("error")) {
+    return bad(qmp.name_, text_of((*greeting)["error"], "desc"),
+               "See which domains run: virsh list. --connect gives another libvirt than the system's.");
   }
   if (!greeting->contains("QMP")) {
-    return bad(socket_path, "the other end does not speak QMP",
+    return bad(qmp.name_, "the other end does not speak QMP",
                "Give the path of a -qmp socket, not of a -monitor or -serial one.");
   }
   VMSNAP_TRY(qmp.execute("qmp_capabilities"));
@@ -102,14 +113,15 @@ Result<Qmp> Qmp::connect(const std::string& socket_path, std::chrono::millisecon
   return qmp;
 }
 
-Result<pid_t> Qmp::peer_pid() const {
+Result<pid_t> Qmp::peer_pid() {
+  if (address_.is_libvirt()) return find_process_behind(*this);
   ucred peer = {};
   socklen_t size = sizeof peer;
   if (::getsockopt(fd(), SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0) {
-    return fail_errno(errno, "cannot tell who is behind QMP socket {}", path_);
+    return fail_errno(errno, "cannot tell who is behind {}", name_);
   }
   if (peer.pid <= 0) {
-    return bad(path_, "the process behind it is not visible from here",
+    return bad(name_, "the process behind it is not visible from here",
                "Run vmsnap in the same PID namespace as the VM.");
   }
   return peer.pid;
@@ -124,20 +136,20 @@ Result<Json> Qmp::read_message(Clock::time_point deadline) {
       if (line.find_first_not_of(" \r\t") == std::string::npos) continue;
       Json message = parse_json(line);
       if (!message.is_object()) {
-        return bad(path_, "the answer is not QMP", "Give the path of a -qmp socket.");
+        return bad(name_, "the answer is not QMP", "Give the path of a -qmp socket.");
       }
       return message;
     }
     if (received_.size() > max_reply) {
-      return bad(path_, "the answer has no end", "Give the path of a -qmp socket.");
+      return bad(name_, "the answer has no end", "Give the path of a -qmp socket.");
     }
     if (!VMSNAP_TRY(wait_readable(fd(), deadline, signals_))) {
-      return bad(path_, "no answer in time", "See whether the VM hangs.");
+      return bad(name_, "no answer in time", "See whether the VM hangs.");
     }
     char buffer[65536];
     const ssize_t got = ::recv(fd(), buffer, sizeof buffer, 0);
     if (got < 0 && (errno == EINTR || errno == EAGAIN)) continue;
-    if (got <= 0) return bad(path_, "the VM closed the connection", "See whether the VM has ended.");
+    if (got <= 0) return bad(name_, "the VM closed the connection", "See whether the VM has ended.");
     received_.append(buffer, static_cast<size_t>(got));
   }
 }
@@ -147,7 +159,7 @@ Result<Json> Qmp::execute(const std::string& command, Json arguments, std::vecto
   const uint64_t id = ++last_id_;
   Json request = {{"execute", command}, {"id", id}};
   if (!arguments.empty()) request["arguments"] = std::move(arguments);
-  VMSNAP_CHECK(send_line(fd(), path_, json_line(request) + "\n", descriptors));
+  VMSNAP_CHECK(send_line(fd(), name_, json_line(request) + "\n", descriptors));
   const auto deadline = Clock::now() + limit_;
   for (;;) {
     Json message = VMSNAP_TRY(read_message(deadline));
@@ -161,12 +173,12 @@ Result<Json> Qmp::execute(const std::string& command, Json arguments, std::vecto
     if (message.contains("return")) return std::move(message["return"]);
     if (message.contains("error") && message["error"].is_object()) {
       const Json& desc = message["error"]["desc"];
-      return bad(path_,
+      return bad(name_,
                  fmt::format("{} failed: {}", command,
                              desc.is_string() ? desc.get<std::string>() : "no description"),
                  "");
     }
-    return bad(path_, "the answer is not QMP", "Give the path of a -qmp socket.");
+    return bad(name_, "the answer is not QMP", "Give the path of a -qmp socket.");
   }
 }
 
@@ -175,22 +187,25 @@ void Qmp::note_event(const Json& message) {
   resumes_ += message["event"] == "RESUME";
 }
 
-Result<uint64_t> Qmp::look_for_resumes() {
-  const auto has_arrived = [this] {
+Status Qmp::read_events(std::chrono::milliseconds limit, const std::function<bool()>& enough) {
+  const auto end = Clock::now() + limit;
+  const auto has_arrived = [&] {
+    if (received_.find('\n') != std::string::npos) return true;
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now()).count();
     pollfd poller = {fd(), POLLIN, 0};
-    return received_.find('\n') != std::string::npos || ::poll(&poller, 1, 0) > 0;
+    return ::poll(&poller, 1, std::max(0, static_cast<int>(left))) > 0;
   };
-  while (has_arrived()) {
+  while (!enough() && has_arrived()) {
     const Json message = VMSNAP_TRY(read_message(Clock::now() + limit_));
     if (message.contains("event")) note_event(message);
   }
-  return resumes_;
+  return {};
 }
 
 Result<std::string> Qmp::human(const std::string& command_line) {
   const Json answer =
       VMSNAP_TRY(execute("human-monitor-command", {{"command-line", command_line}}));
-  if (!answer.is_string()) return bad(path_, "'" + command_line + "' gave no text", "");
+  if (!answer.is_string()) return bad(name_, "'" + command_line + "' gave no text", "");
   // The human monitor ends its lines as a terminal wants them, with CR LF.
   std::string text = answer.get<std::string>();
   std::erase(text, '\r');

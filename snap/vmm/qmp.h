@@ -1,4 +1,4 @@
-// A client of QEMU's machine protocol (QMP) over a Unix socket.
+// A client of QEMU's machine protocol (QMP) over a Unix socket, or by way of libvirt.
 //
 // One thread at a time. Every call has a time limit; a VM that stalls, closes
 // or answers something else than QMP is ErrorCode::vm, never a hang and never
@@ -10,6 +10,7 @@
 #include <sys/types.h>
 
 #include <chrono>
+#include <functional>
 #include <optional>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -17,6 +18,7 @@
 
 #include "formats/error.h"
 #include "formats/file.h"
+#include "snap/vmm/monitor_address.h"
 
 namespace vmsnap {
 
@@ -27,15 +29,17 @@ class Qmp {
   enum class Signals { wait_through, heed };
 
   // Connects, reads the greeting, leaves negotiation mode.
-  static Result<Qmp> connect(const std::string& socket_path,
+  static Result<Qmp> connect(const MonitorAddress& address,
                              std::chrono::milliseconds limit = std::chrono::seconds(10),
                              Signals signals = Signals::wait_through);
 
-  const std::string& socket_path() const { return path_; }
+  const MonitorAddress& address() const { return address_; }
+  const std::string& name() const { return name_; }  // for messages
   int fd() const { return fd_.get(); }
   // The process at the other end (SO_PEERCRED): who called listen(2), which
-  // is QEMU unless somebody passed it the socket.
-  Result<pid_t> peer_pid() const;
+  // is QEMU unless somebody passed it the socket. Of a libvirt domain, see
+  // find_process_behind().
+  Result<pid_t> peer_pid();
 
   // Runs a command and returns its "return" value. A QMP error answer is
   // ErrorCode::vm with its description. Descriptors are passed along
@@ -46,10 +50,16 @@ class Qmp {
   // human-monitor-command: its text.
   Result<std::string> human(const std::string& command_line);
 
-  // RESUME events so far: of the whole answers and, if asked to look, of what else
-  // has arrived. QEMU sends the event before any virtual CPU runs.
-  Result<uint64_t> look_for_resumes();
-  uint64_t stops() const { return stops_; }  // STOP events in what was read
+  // STOP and RESUME events in what was read. QEMU sends them before the answer to what
+  // caused them, and RESUME before any virtual CPU runs.
+  uint64_t stops() const { return stops_; }
+  uint64_t resumes() const { return resumes_; }
+  // Whether they may arrive after such an answer, though in their order: libvirt
+  // passes them on as it likes.
+  bool has_late_events() const { return address_.is_libvirt(); }
+  // Reads what has arrived; and what arrives within `limit`, until `enough`.
+  Status read_events(std::chrono::milliseconds limit = {},
+                     const std::function<bool()>& enough = [] { return false; });
 
   void set_limit(std::chrono::milliseconds limit) { limit_ = limit; }
   void close() { fd_.reset(); }
@@ -59,7 +69,8 @@ class Qmp {
   void note_event(const nlohmann::json& message);
 
   Fd fd_;
-  std::string path_;
+  MonitorAddress address_;
+  std::string name_;
   std::string received_;  // bytes after the last whole line
   std::chrono::milliseconds limit_{10000};
   uint64_t last_id_ = 0;

@@ -20,6 +20,7 @@ import pytest
 SOURCE = pathlib.Path(__file__).resolve().parents[2]
 BUILD = pathlib.Path(os.environ.get("VMSNAP_BUILD", SOURCE / "build"))
 VMSNAP = BUILD / "vmsnap"
+LIBVIRT_MONITOR = BUILD.resolve() / "vmsnap-libvirt-monitor"
 GUESTS = BUILD / "guests"
 CACHE = SOURCE / "tests" / "cache"
 
@@ -226,14 +227,14 @@ class World:
         return found
 
     def vmsnap_processes(self):
-        """Pids of vmsnap in any role: a guard, a page server."""
+        """Pids of vmsnap in any role: a guard, a page server, libvirt's client."""
         found = []
         for pid in self.processes():
             try:
                 executable = os.readlink(f"/proc/{pid}/exe")
             except OSError:
                 continue
-            if executable.split(" (deleted)")[0] == str(VMSNAP.resolve()):
+            if executable.split(" (deleted)")[0] in (str(VMSNAP.resolve()), str(LIBVIRT_MONITOR)):
                 found.append(pid)
         return found
 

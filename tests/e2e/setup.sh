@@ -6,7 +6,8 @@ packages=(
   libcli11-dev libexpected-dev libfmt-dev libgmock-dev libgtest-dev libsodium-dev
   libtomlplusplus-dev libxxhash-dev
   libzstd-dev nlohmann-json3-dev
-  binutils bindfs busybox-static cpio gzip mandoc mount python3 python3-pytest
+  binutils bindfs busybox-static cpio gzip libvirt-clients libvirt-daemon
+  libvirt-daemon-driver-qemu libvirt-dev mandoc mount python3 python3-pytest
   qemu-system-x86 qemu-utils util-linux xz-utils zstd
 )
 

@@ -163,5 +163,6 @@ def test_installed_where_they_are_looked_for(tmp_path):
         wanted = path.read_text().replace("/usr/bin/vmsnap", f"{tmp_path}/bin/vmsnap")
         assert (share / "doc/vmsnap/examples" / path.name).read_text() == wanted
     assert os.access(tmp_path / "bin/vmsnap", os.X_OK)
+    assert os.access(tmp_path / "libexec/vmsnap-libvirt-monitor", os.X_OK)
     for page in ("man1/vmsnap.1", "man5/vmsnap-backup.5", "man5/vmsnap-image.5"):
         assert (share / "man" / page).is_file(), page

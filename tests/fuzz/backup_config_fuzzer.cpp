@@ -29,10 +29,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   require_config(config->lock_wait.count() > 0);
   require_config(!config->keep || check_keep_rule(*config->keep));
   require_config(!config->vms.empty());
-  std::set<std::string> sockets, names;
+  std::set<MonitorAddress> monitors;
+  std::set<std::string> names;
   for (const BackupVm& vm : config->vms) {
-    require_config(vm.qmp.starts_with('/') && vm.qmp.size() <= 107);
-    require_config(sockets.insert(vm.qmp).second && names.insert(vm.name).second);
+    const std::string& socket = vm.monitor.socket;
+    require_config(vm.monitor.is_libvirt() ? !vm.monitor.domain.empty()
+                                           : socket.starts_with('/') && socket.size() <= 107);
+    require_config(monitors.insert(vm.monitor).second && names.insert(vm.name).second);
     require_config(vm.stall_limit.count() > 0 && vm.pause_command_limit.count() > 0);
     require_config(vm.pause_command.find('\0') == std::string::npos);
   }

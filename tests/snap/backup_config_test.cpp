@@ -53,7 +53,7 @@ TEST(BackupConfig, TheSmallestHasTheDefaults) {
   EXPECT_FALSE(config.level || config.delta || config.cpus || config.memory || config.bandwidth || config.keep);
   ASSERT_EQ(config.vms.size(), 1u);
   const BackupVm& vm = config.vms[0];
-  EXPECT_EQ(vm.qmp, "/q");
+  EXPECT_EQ(vm.monitor.socket, "/q");
   EXPECT_EQ(vm.name, "/q");
   EXPECT_TRUE(vm.tags.empty());
   EXPECT_FALSE(vm.without_disks);
@@ -122,7 +122,7 @@ qmp = "/run/db.qmp"
   ASSERT_EQ(config.vms.size(), 2u);
   const BackupVm& vm = config.vms[0];
   EXPECT_EQ(vm.name, "web");
-  EXPECT_EQ(vm.qmp, "/run/web.qmp");
+  EXPECT_EQ(vm.monitor.socket, "/run/web.qmp");
   EXPECT_EQ(vm.tags, TagList({"nightly", "äöü"}));
   EXPECT_TRUE(vm.without_disks);
   EXPECT_EQ(vm.pause_command, "lvcreate \t -s");
@@ -168,7 +168,7 @@ TEST(BackupConfig, WhatIsMissing) {
   EXPECT_EQ(backup_error("vm = []\nstore = \"/b\""),
             "backup.toml:1: there is no [[vm]]: nothing to back up");
   EXPECT_EQ(backup_error("store = \"/b\"\n\n[[vm]]\nname = \"x\"\n"),
-            "backup.toml:3: [[vm]] qmp: is missing: the monitor socket of the VM");
+            "backup.toml:3: [[vm]] qmp: is missing: the monitor socket of the VM; or libvirt, its domain");
 }
 
 TEST(BackupConfig, VmAndKeepAreTheRightKindOfTable) {
@@ -240,11 +240,29 @@ TEST(BackupConfig, KeysOfAStoreExcludeEachOther) {
 TEST(BackupConfig, TheSameVmTwiceIsRefused) {
   const std::string vm1 = "store = \"/b\"\n[[vm]]\nqmp = \"/run/q\"\n";
   EXPECT_EQ(backup_error(vm1 + "[[vm]]\nname = \"other\"\nqmp = \"/run/q\"\n"),
-            "backup.toml:4: [[vm]] qmp: /run/q is there twice");
+            "backup.toml:4: [[vm]]: QMP socket /run/q is there twice");
   EXPECT_EQ(backup_error(vm1 + "[[vm]]\nname = \"other\"\nqmp = \"/run/./x/..//q\"\n"),
-            "backup.toml:4: [[vm]] qmp: /run/./x/..//q is there twice");
+            "backup.toml:4: [[vm]]: QMP socket /run/./x/..//q is there twice");
   EXPECT_EQ(backup_error(vm1 + "[[vm]]\nname = \"/run/q\"\nqmp = \"/run/r\"\n"),
             "backup.toml:4: [[vm]] name: '/run/q' is there twice");
+}
+
+TEST(BackupConfig, VmsOfLibvirt) {
+  const std::string store = "store = \"/b\"\n";
+  const auto config = parse_backup_config(
+      store + "[[vm]]\nlibvirt = \"web\"\n"
+              "[[vm]]\nlibvirt = \"web\"\nconnect = \"qemu:///session\"\nname = \"mine\"\n",
+      "x");
+  ASSERT_TRUE(config) << config.error().message();
+  EXPECT_EQ(config->vms[0].monitor, MonitorAddress::of_domain("web", ""));
+  EXPECT_EQ(config->vms[0].name, "web");
+  EXPECT_EQ(config->vms[1].monitor, MonitorAddress::of_domain("web", "qemu:///session"));
+  EXPECT_EQ(backup_error(store + "[[vm]]\nlibvirt = \"web\"\n[[vm]]\nlibvirt = \"web\"\nname = \"x\"\n"),
+            "backup.toml:4: [[vm]]: libvirt domain 'web' is there twice");
+  EXPECT_EQ(backup_error(store + "[[vm]]\nlibvirt = \"web\"\nqmp = \"/q\"\n"),
+            "backup.toml:3: [[vm]] libvirt: cannot be beside qmp");
+  EXPECT_EQ(backup_error(store + "[[vm]]\nqmp = \"/q\"\nconnect = \"qemu:///system\"\n"),
+            "backup.toml:4: [[vm]] connect: is for libvirt domains");
 }
 
 TEST(BackupConfig, WhatIsNoToml) {
@@ -284,7 +302,7 @@ TEST(BackupConfig, TenThousandVmsAndNoMore) {
   const auto parsed = parse_backup_config(text, "x");
   ASSERT_TRUE(parsed) << parsed.error().message();
   EXPECT_EQ(parsed->vms.size(), 10000u);
-  EXPECT_EQ(parsed->vms.back().qmp, "/q9999");
+  EXPECT_EQ(parsed->vms.back().monitor.socket, "/q9999");
   EXPECT_NE(backup_error(text + "[[vm]]\nqmp = \"/q\"\n").find("more than 10000 VMs"), std::string::npos);
 }
 
