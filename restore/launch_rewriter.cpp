@@ -67,6 +67,7 @@ std::span<const LaunchRewriter::RuleEntry> LaunchRewriter::rules() {
       {"net", &LaunchRewriter::detach_network},
       {"icount", &LaunchRewriter::move_recording},
       {"object", &LaunchRewriter::detach_object},
+      {"blockdev", &LaunchRewriter::let_overlays_have_backing},
       {"machine", &LaunchRewriter::pin_machine},
       {"M", &LaunchRewriter::pin_machine},
       {"audiodev", &LaunchRewriter::silence_audio},
@@ -253,6 +254,17 @@ Status LaunchRewriter::detach_object(QemuOption& option) {
     object.remove(key);
   }
   option.value = object.text();
+  return {};
+}
+
+// libvirt says of the last image of a chain that there is none below it. A file that
+// takes its place may be an overlay, of which the guest would see zeros then.
+Status LaunchRewriter::let_overlays_have_backing(QemuOption& option) {
+  if (request_.replacements.empty() || !option.value) return {};
+  OptionValue node = OptionValue::parse(*option.value, implied_key(option.name));
+  if (!node.is_null("backing")) return {};
+  node.remove("backing");
+  option.value = node.text();
   return {};
 }
 

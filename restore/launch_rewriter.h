@@ -50,6 +50,7 @@ class LaunchRewriter {
   Status detach_network(QemuOption& option);
   Status move_recording(QemuOption& option);
   Status detach_object(QemuOption& option);
+  Status let_overlays_have_backing(QemuOption& option);
   Status pin_machine(QemuOption& option);
   Status silence_audio(QemuOption& option);
   Status detach_device(QemuOption& option);

@@ -38,6 +38,8 @@
 //   fd= fds= vhostfd= ...             an error, unless replaced
 //   -readconfig                       an error, unless replaced: what is in the
 //                                     file is not seen here
+//   -blockdev, with replacements      its backing=null dropped: the file that takes
+//                                     the place of the disk's may be an overlay
 //   -set GROUP.ID.KEY=VALUE           written into the option that it changes
 //   anything else                     stays, with its value
 //

@@ -94,6 +94,12 @@ std::optional<std::string> OptionValue::get(std::string_view key) const {
   return found->dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
 }
 
+bool OptionValue::is_null(std::string_view key) const {
+  if (!is_json_) return get(key) == "";
+  const nlohmann::ordered_json* found = find(key);
+  return found && found->is_null();
+}
+
 void OptionValue::set(std::string_view key, std::string_view value) {
   if (is_json_) {
     auto* found = const_cast<nlohmann::ordered_json*>(find(key));

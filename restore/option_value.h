@@ -27,6 +27,8 @@ class OptionValue {
   bool is_json() const { return is_json_; }
   bool empty() const;
   bool has(std::string_view key) const { return get(key).has_value(); }
+  // Whether a key is there and says that there is none: null, or nothing after '='.
+  bool is_null(std::string_view key) const;
 
   // The last value of a key, as QEMU takes it; a key alone is "on", JSON true
   // and false are "on" and "off". Of a JSON object value, its "type"; what is

@@ -322,28 +322,6 @@ TEST(LaunchRules, InheritedDescriptorsAreAnError) {
             "error: -add-fd fd=9 passes a descriptor that only the original VM had");
 }
 
-TEST(LaunchRules, DescriptorsThatNothingNamesAnyMoreAreDropped) {
-  EXPECT_EQ(derive({"-add-fd", "set=2,fd=9", "-chardev", "file,id=c,path=/dev/fdset/2,append=on",
-                    "-drive", "file=/dev/fdset/21"}),
-            (Words{"-chardev", "file,id=c,path=/run/x/c.log", "-drive", "file=/dev/fdset/21"}));
-  EXPECT_EQ(derive({"-add-fd", "set=2,fd=9", "-drive", "file=/a,id=d"},
-                   {"-drive", "file=/dev/fdset/2,id=d"})[0],
-            "error: -add-fd set=2,fd=9 passes a descriptor that only the original VM had");
-}
-
-TEST(LaunchRules, SecretsThatNothingNamesAreDropped) {
-  const char* key = R"({"qom-type":"secret","id":"masterKey0","format":"raw","file":"/d/master-key.aes"})";
-  EXPECT_EQ(derive({"-object", key, "-m", "1G"}), (Words{"-m", "1G"}));
-  const Words named = {"-object", key, "-object", "secret,id=s,keyid=masterKey0,data=x",
-                       "-blockdev", R"({"driver":"luks","node-name":"l","key-secret":"s"})"};
-  EXPECT_EQ(derive(named), named);
-  EXPECT_EQ(derive({"-object", "secret,id=s,file=/s"}, {"-object", "tls-creds-x509,id=t,passwordid=s"}),
-            (Words{"-object", "secret,id=s,file=/s", "-object", "tls-creds-x509,id=t,passwordid=s"}));
-  // Given by the user: it may be for later.
-  EXPECT_EQ(derive({"-object", "secret,id=s,file=/s"}, {"-object", "secret,id=s,file=/t"}),
-            (Words{"-object", "secret,id=s,file=/t"}));
-}
-
 TEST(LaunchRules, AnExtraArgumentTakesThePlaceOfItsNamesake) {
   EXPECT_EQ(derive({"-netdev", "tap,fd=36,id=n", "-device", "e1000,netdev=n"},
                    {"-netdev", "user,id=n", "-m", "1G"}),
