@@ -178,7 +178,7 @@ Status BackupRun::all() {
 
 Status BackupRun::steps() {
   for (const BackupVm& vm : config_.vms) {
-    VMSNAP_CHECK(note(snapshot(vm), fmt::format("VM '{}' ({}): ", vm.name, vm.monitor.describe())));
+    VMSNAP_CHECK(note(snapshot(vm), fmt::format("VM '{}' ({}): ", vm.name, vm.monitor.place())));
   }
   if (config_.keep) VMSNAP_CHECK(note(prune_store()));
   if (config_.sample > 0) VMSNAP_CHECK(note(verify_sample()));

@@ -264,13 +264,11 @@ Status check_vm_tags(const BackupVm& vm, const TableReader& reader) {
   return name ? Status() : reader.fail_key("name", name.error());
 }
 
+// Empty if there is none: whether a key is misspelt is looked at first.
 Result<MonitorAddress> read_monitor(TableReader& reader) {
   const std::string socket = VMSNAP_TRY(reader.path("qmp", longest_socket));
   const std::string domain = VMSNAP_TRY(reader.text("libvirt", longest_name));
   const std::string uri = VMSNAP_TRY(reader.text("connect", longest_path));
-  if (socket.empty() && domain.empty()) {
-    return reader.fail_key("qmp", "is missing: the monitor socket of the VM; or libvirt, its domain");
-  }
   if (!socket.empty() && !domain.empty()) return reader.fail_key("libvirt", "cannot be beside qmp");
   if (!uri.empty() && domain.empty()) return reader.fail_key("connect", "is for libvirt domains");
   if (!domain.empty()) return MonitorAddress::of_domain(domain, uri);
@@ -283,7 +281,7 @@ Result<BackupVm> read_vm(const toml::table& table, const std::string& file) {
   vm.monitor = VMSNAP_TRY(read_monitor(reader));
   // The name is one more tag of its snapshots.
   vm.name = VMSNAP_TRY(reader.text("name", longest_name - backup_tag("").size(),
-                                   vm.monitor.is_libvirt() ? vm.monitor.domain : vm.monitor.socket));
+                                   vm.monitor.place()));
   vm.tags = VMSNAP_TRY(reader.texts("tags", most_tags - 1, /*empty_too=*/false));
   VMSNAP_CHECK(check_vm_tags(vm, reader));
   const std::string disks = VMSNAP_TRY(reader.text("disks", longest_name));
@@ -298,6 +296,9 @@ Result<BackupVm> read_vm(const toml::table& table, const std::string& file) {
   }
   vm.max_age = VMSNAP_TRY(reader.duration("max-age"));
   VMSNAP_CHECK(reader.check_no_others());
+  if (vm.monitor == MonitorAddress()) {
+    return reader.fail_key("qmp", "is missing: the monitor socket of the VM; or libvirt, its domain");
+  }
   return vm;
 }
 

@@ -27,6 +27,8 @@ struct MonitorAddress {
 
   bool is_libvirt() const { return socket.empty(); }
 
+  const std::string& place() const { return is_libvirt() ? domain : socket; }
+
   // For messages.
   std::string describe() const {
     return is_libvirt() ? fmt::format("libvirt domain '{}'", domain) : "QMP socket " + socket;
