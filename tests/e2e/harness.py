@@ -43,7 +43,8 @@ EXIT = {name: int(number) for name, number in re.findall(
 
 # What a machine of the continuous integration may lack. Anything else that a
 # test needs and does not find there is a failure, not a skip.
-MAY_BE_MISSING_IN_CI = {"kvm", "hugetlb", "swap", "ksm", "systemd", "cgroup", "fuse"}
+MAY_BE_MISSING_IN_CI = {"kvm", "hugetlb", "swap", "ksm", "systemd", "cgroup", "fuse",
+                        "reflink"}
 
 
 def need(condition, name, reason):

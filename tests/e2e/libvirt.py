@@ -129,7 +129,7 @@ class OrderedDomain(Domain):
 class LinuxDomain(Domain):
     """The Linux guest of victims.LinuxGuest, with what libvirt's users have in theirs."""
 
-    def __init__(self, world, daemon, name="linux", mib=256):
+    def __init__(self, world, daemon, name="linux", mib=256, devices=""):
         folder = world.directory("boot")
         words = linux_guest.boot_arguments(4, with_agent=False)
         given = dict(zip(words[::2], words[1::2]))
@@ -146,6 +146,6 @@ class LinuxDomain(Domain):
             "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
             "<interface type='user'><model type='virtio'/></interface>"
             "<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>"
-            "<video><model type='vga'/></video><graphics type='vnc' port='-1'/>", mib=mib)
+            "<video><model type='vga'/></video><graphics type='vnc' port='-1'/>" + devices, mib=mib)
         self.wait_for_text("tick 1")
         self.wait_for_text("memcheck 1 ok")

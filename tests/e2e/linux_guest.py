@@ -68,8 +68,27 @@ if [ -x /usr/sbin/qemu-ga ]; then
 fi
 
 # A disk, if there is one, is read past the guest's page cache, so that the host
-# writes into guest memory, and must always be the same.
-if [ -b /dev/vda ]; then
+# writes into guest memory. One that is read only must always be the same; one that is
+# not must be what its mirror in memory is: memory and disk are of one instant then.
+if [ -b /dev/vda ] && [ $(cat /sys/block/vda/ro) = 0 ]; then
+  (
+    dd if=/dev/vda of=/data/mirror bs=64k iflag=direct 2>/dev/null
+    blocks=$(($(cat /sys/block/vda/size) / 128))
+    n=0
+    while :; do
+      n=$((n + 1))
+      block=$((n * 7 % blocks))
+      dd if=/dev/urandom of=/data/block bs=64k count=1 2>/dev/null
+      dd if=/data/block of=/dev/vda bs=64k seek=$block oflag=direct conv=notrunc 2>/dev/null
+      dd if=/data/block of=/data/mirror bs=64k seek=$block conv=notrunc 2>/dev/null
+      if dd if=/dev/vda bs=64k iflag=direct 2>/dev/null | cmp - /data/mirror; then
+        echo "mirrorcheck $n ok"
+      else
+        echo "MIRRORCHECK FAILED in round $n"
+      fi
+    done
+  ) &
+elif [ -b /dev/vda ]; then
   (
     want=$(dd if=/dev/vda bs=64k iflag=direct 2>/dev/null | sha256sum)
     n=0
@@ -178,10 +197,10 @@ def initramfs(mib=8, with_agent=False):
     the guest agent it also prints its clock, in "clock SECONDS"."""
     init = INIT.replace("@MIB@", str(mib))
     if not with_agent:
-        return pack(f"initramfs2-{mib}", init)
+        return pack(f"initramfs3-{mib}", init)
     files = {"usr/sbin/qemu-ga": agent()}
     files.update((str(path).lstrip("/"), path) for path in libraries(agent()))
-    return pack(f"initramfs-agent-{mib}", init, files)
+    return pack(f"initramfs3-agent-{mib}", init, files)
 
 
 def pack(name, init, files=None):

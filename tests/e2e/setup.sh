@@ -8,7 +8,7 @@ packages=(
   libzstd-dev nlohmann-json3-dev
   binutils bindfs busybox-static cpio gzip libvirt-clients libvirt-daemon
   libvirt-daemon-driver-qemu libvirt-dev mandoc mount python3 python3-pytest
-  qemu-system-x86 qemu-utils util-linux xz-utils zstd
+  qemu-system-x86 qemu-utils util-linux xfsprogs xz-utils zstd
 )
 
 step() { printf '\n== %s\n' "$*"; }

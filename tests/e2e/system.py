@@ -111,6 +111,21 @@ def mount_small_disk(world, kib):
     return folder
 
 
+def mount_xfs(world, mib=512):
+    """A file system in which a copy of a file is a reference to its blocks."""
+    with open("/proc/filesystems", encoding="ascii") as known:
+        harness.need("\txfs\n" in known.read(), "reflink", "the kernel has no XFS")
+    disk = world.path("xfs.img")
+    disk.touch()
+    os.truncate(disk, mib << 20)
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", disk], check=True)
+    folder = world.directory("xfs")
+    mounted = subprocess.run(["mount", "-o", "loop", disk, folder], check=False)
+    harness.need(mounted.returncode == 0, "reflink", "XFS cannot be mounted here")
+    world.at_end(lambda: subprocess.run(["umount", "-l", folder], check=True))
+    return folder
+
+
 def mount_fuse(world):
     """A folder in a file system that lacks what NFS lacks: O_TMPFILE."""
     harness.need(os.path.exists("/dev/fuse"), "fuse", "there is no /dev/fuse")
