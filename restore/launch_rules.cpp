@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <ranges>
 #include <span>
 
 #include "restore/launch_rewriter.h"
@@ -73,11 +74,13 @@ bool is_secret(const QemuOption& option) {
   return OptionValue::parse(*option.value, "qom-type").get("qom-type") == "secret";
 }
 
-// Whether `name` is in the text, and not as the beginning of a longer one.
+// Whether `name` is in the text, and not as a part of a longer one.
 bool has_name(const std::string& text, const std::string& name) {
+  const auto goes_on = [&](size_t at) {
+    return at < text.size() && std::isalnum(static_cast<unsigned char>(text[at]));
+  };
   for (size_t at = 0; (at = text.find(name, at)) != std::string::npos; ++at) {
-    const size_t end = at + name.size();
-    if (end == text.size() || !std::isalnum(static_cast<unsigned char>(text[end]))) return true;
+    if (!goes_on(at + name.size()) && (at == 0 || !goes_on(at - 1))) return true;
   }
   return false;
 }
@@ -94,7 +97,8 @@ Status LaunchRewriter::drop_what_nothing_names(std::vector<QemuOption>& options,
     };
     return std::ranges::any_of(options, names) || std::ranges::any_of(extra, names);
   };
-  for (QemuOption& option : options) {
+  // The last first: what is dropped names nothing any more, and only what stands before it.
+  for (QemuOption& option : std::views::reverse(options)) {
     if (option.dropped || option.is_replacement) continue;
     const auto id = identity(option);
     if (option.name == "add-fd") {

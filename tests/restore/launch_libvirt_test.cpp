@@ -84,6 +84,8 @@ TEST(LaunchOfLibvirt, SecretsThatNothingNamesAreDropped) {
   EXPECT_EQ(derive_there(named), named);
   EXPECT_EQ(derive_there({"-object", "secret,id=s,file=/s"}, {"-object", "tls-creds-x509,id=t,passwordid=s"}),
             (Arguments{"-object", "secret,id=s,file=/s", "-object", "tls-creds-x509,id=t,passwordid=s"}));
+  EXPECT_EQ(derive_there({"-object", key, "-object", "secret,id=s,keyid=masterKey0,data=x", "-m", "1G"}),
+            (Arguments{"-m", "1G"}));
   // Given by the user: it may be for later.
   EXPECT_EQ(derive_there({"-object", "secret,id=s,file=/s"}, {"-object", "secret,id=s,file=/t"}),
             (Arguments{"-object", "secret,id=s,file=/t"}));
