@@ -168,9 +168,9 @@ void GuardProcess::resume_vm() {
     if (!vm->alive()) return;
     auto qmp = Qmp::connect(monitor);
     // Or another VM has that path now.
-    const bool is_it = qmp && qmp->peer_pid().value_or(0) == vm->pid();
+    const bool is_it = qmp && qmp->is_behind_it(*vm).value_or(false);
     if (is_it && qmp->execute("cont")) return;
-    if (!qmp && is_gone(qmp.error())) return;
+    if (!qmp && !monitor.is_libvirt() && is_gone(qmp.error())) return;
     std::this_thread::sleep_for(between_tries);
   } while (std::chrono::steady_clock::now() < end);
 }

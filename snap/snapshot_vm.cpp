@@ -1,5 +1,8 @@
 #include <fmt/ranges.h>
 
+#include <chrono>
+#include <cstdlib>
+
 #include "formats/log.h"
 #include "formats/metadata.h"
 #include "formats/test_point.h"
@@ -20,9 +23,16 @@ namespace {
 // waited for while the guest stands still.
 constexpr std::chrono::seconds pause_answer_limit{5};
 
-// For an event that may be late, when it is not sure that there is one; and when it is.
-constexpr std::chrono::milliseconds likely_here{100};
+// For an event that may be late, when most likely there is none; and when there is.
+constexpr std::chrono::milliseconds likely_here{300};
 constexpr std::chrono::seconds surely_here{2};
+
+// What the clock on the wall is ahead of one that is never set, in microseconds.
+int64_t wall_clock_offset() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return Qmp::unix_us() - std::chrono::duration_cast<std::chrono::microseconds>(now).count();
+}
+constexpr int64_t clock_was_set_us = 500;
 
 // The VM stands still while this lives. A VM that was paused before is left so.
 // Others may stop and resume it through monitors of their own at any time.
@@ -40,12 +50,17 @@ class VmPause {
     job_.pause_begins();
     begun_ = true;
     const uint64_t stops = qmp_.stops();
+    clock_offset_ = wall_clock_offset();
+    qmp_.mark();
     // Also if it was paused: it may not be any more.
     VMSNAP_TRY(qmp_.execute("stop"));
+    const auto we_stopped_it = [&] {
+      return qmp_.has_late_events() ? qmp_.stopped_since_mark() : qmp_.stops() > stops;
+    };
     if (!was_running_ && qmp_.has_late_events()) {
-      VMSNAP_CHECK(qmp_.read_events(likely_here, [&] { return qmp_.stops() > stops; }));
+      VMSNAP_CHECK(qmp_.read_events(likely_here, we_stopped_it));
     }
-    if (!was_running_ && qmp_.stops() > stops) {
+    if (!was_running_ && we_stopped_it()) {
       was_running_ = true;
       job_.resume_if_we_die();
     }
@@ -59,24 +74,33 @@ class VmPause {
 
   // After the instant: the devices' state and the memory are of one.
   Status check_stood_still() {
-    if (qmp_.has_late_events() && VMSNAP_TRY(check_guest_state(qmp_)).running) return resumed();
     VMSNAP_CHECK(qmp_.read_events());
+    if (qmp_.has_late_events()) return qmp_.first_resume_since_mark() ? resumed() : Status();
     return qmp_.resumes() == resumes_ ? Status() : resumed();
   }
 
-  // After the end. Events come in their order: when there is that of our own `cont`,
-  // there is that of any before it.
+  // After the end. Events come in their order, and have the time at which QEMU sent
+  // them: the first RESUME since our `stop` must be the one of our `cont`.
   Status check_late_events() {
     if (!qmp_.has_late_events()) return {};
-    const uint64_t ours = was_running_ ? 1 : 0;
     VMSNAP_CHECK(qmp_.read_events(was_running_ ? surely_here : likely_here,
-                                  [&] { return qmp_.resumes() > resumes_; }));
-    return qmp_.resumes() == resumes_ + ours ? Status() : resumed();
+                                  [&] { return qmp_.first_resume_since_mark().has_value(); }));
+    const auto first = qmp_.first_resume_since_mark();
+    if (first && (!was_running_ || *first < continued_at_)) return resumed();
+    if (std::abs(wall_clock_offset() - clock_offset_) > clock_was_set_us) {
+      return cannot_tell("the clock was set in the pause");
+    }
+    return first || !was_running_ ? Status() : cannot_tell("libvirt does not tell that it goes on");
   }
 
   Status end() {
     begun_ = false;
+    // That of our `stop` may have been late.
+    if (!was_running_ && qmp_.has_late_events() && qmp_.read_events()) {
+      was_running_ = qmp_.stopped_since_mark();
+    }
     if (was_running_) {
+      continued_at_ = Qmp::unix_us();
       // Once more if it does not answer: nothing matters more than this.
       auto answer = qmp_.execute("cont");
       if (!answer) answer = qmp_.execute("cont");
@@ -104,8 +128,15 @@ class VmPause {
             .with_remedy("Take the snapshot again when nobody stops and resumes the VM."));
   }
 
+  static tl::unexpected<Error> cannot_tell(const char* why) {
+    return tl::unexpected(
+        Error(ErrorCode::vm, fmt::format("whether the VM stood still is not certain: {}", why))
+            .with_remedy("Take the snapshot again."));
+  }
+
   Qmp& qmp_;
   SnapshotJob& job_;
+  int64_t clock_offset_ = 0, continued_at_ = 0;  // microseconds
   bool was_running_ = false;
   bool begun_ = false;
   uint64_t resumes_ = 0;  // RESUME events until the VM stood still
@@ -215,8 +246,11 @@ Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& o
   if (paused) paused = in_pause();
   const bool stay = options.stay_paused && paused;
   const Status resumed = stay ? Status() : pause.end();
-  if (const Status released = target.release(qmp); !released) {
-    log_warning("{}", released.error().message());
+  if (resumed) {
+    // Not before: a monitor that does not answer keeps us from nothing more.
+    if (const Status released = target.release(qmp); !released) {
+      log_warning("{}", released.error().message());
+    }
   }
   if (!resumed && !paused) log_warning("{}", paused.error().message());
   // For the guard, which has to connect anew.

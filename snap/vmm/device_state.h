@@ -23,8 +23,8 @@ class DeviceStateTarget {
   // type, in spite of the name. At most 256 MiB.
   Result<std::vector<std::byte>> save(Qmp& qmp);
 
-  // Takes the descriptor back. QEMU closes its copy at once when the VM runs,
-  // and when it next runs if it is paused.
+  // Takes the descriptor back. QEMU closes its copy at once when the VM runs; if it is
+  // paused, when the monitor is closed, or when the next of us asks once more.
   Status release(Qmp& qmp);
 
  private:

@@ -51,6 +51,8 @@ Status spawn(const std::string& program, const MonitorAddress& address, int sock
   ::posix_spawn_file_actions_adddup2(&files, socket, STDIN_FILENO);
   ::posix_spawn_file_actions_addopen(&files, STDOUT_FILENO, "/dev/null", O_WRONLY, 0);
   ::posix_spawn_file_actions_addopen(&files, STDERR_FILENO, "/dev/null", O_WRONLY, 0);
+  // What our caller left open, a passphrase among it, is not for it.
+  ::posix_spawn_file_actions_addclosefrom_np(&files, STDERR_FILENO + 1);
   std::string words[] = {program, address.domain, address.uri};
   char* const arguments[] = {words[0].data(), words[1].data(), words[2].data(), nullptr};
   std::vector<char*> environment = environment_without_keys();
@@ -78,8 +80,9 @@ bool holds(const Process& process, const std::string& link) {
 std::vector<Process> processes_with(const std::string& argument) {
   std::vector<Process> found;
   std::error_code failed;
-  for (const auto& entry : fs::directory_iterator("/proc", failed)) {
-    const std::string name = entry.path().filename();
+  for (fs::directory_iterator entry("/proc", failed), end; !failed && entry != end;
+       entry.increment(failed)) {
+    const std::string name = entry->path().filename();
     pid_t pid = 0;
     const auto parsed = std::from_chars(name.data(), name.data() + name.size(), pid);
     if (parsed.ec != std::errc() || parsed.ptr != name.data() + name.size()) continue;
@@ -108,30 +111,44 @@ Result<Fd> start_libvirt_monitor(const MonitorAddress& address) {
   return ours;
 }
 
-Result<pid_t> find_process_behind(Qmp& qmp) {
-  const std::string uuid = text_of(VMSNAP_TRY(qmp.execute("query-uuid")), "UUID");
+namespace {
+
+// A pipe that QEMU has, too, for the time of `look`, which is given how /proc shows it.
+template <class Look>
+auto with_probe(Qmp& qmp, const Look& look) -> decltype(look(std::string())) {
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC) < 0) return fail_errno(errno, "cannot make a pipe");
   const Fd reading(ends[0]), writing(ends[1]);
   struct stat about = {};
   if (::fstat(reading.get(), &about) < 0) return fail_errno(errno, "cannot look at a pipe");
-  const std::string link = fmt::format("pipe:[{}]", about.st_ino);
   VMSNAP_TRY(qmp.execute("getfd", {{"fdname", probe_name}}, {reading.get()}));
-
-  std::vector<Process> holders;
-  const auto end = Clock::now() + longest_search;
-  do {
-    holders = processes_with(uuid);
-    std::erase_if(holders, [&](const Process& process) { return !holds(process, link); });
-    if (holders.size() == 1) break;
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  } while (Clock::now() < end);
+  auto found = look(fmt::format("pipe:[{}]", about.st_ino));
   VMSNAP_TRY(qmp.execute("closefd", {{"fdname", probe_name}}));
-  if (holders.size() == 1) return holders.front().pid();
-  return tl::unexpected(
-      Error(ErrorCode::vm, fmt::format("{}: {} processes here are this VM, with UUID {}",
-                                       qmp.name(), holders.size(), uuid))
-          .with_remedy("Run vmsnap as root on the VM's host, in its PID namespace."));
+  return found;
+}
+
+}  // namespace
+
+Result<pid_t> find_process_behind(Qmp& qmp) {
+  const std::string uuid = text_of(VMSNAP_TRY(qmp.execute("query-uuid")), "UUID");
+  return with_probe(qmp, [&](const std::string& link) -> Result<pid_t> {
+    std::vector<Process> holders;
+    const auto end = Clock::now() + longest_search;
+    do {
+      holders = processes_with(uuid);
+      std::erase_if(holders, [&](const Process& process) { return !holds(process, link); });
+      if (holders.size() == 1) return holders.front().pid();
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    } while (Clock::now() < end);
+    return tl::unexpected(
+        Error(ErrorCode::vm, fmt::format("{}: {} processes here are this VM, with UUID {}",
+                                         qmp.name(), holders.size(), uuid))
+            .with_remedy("Run vmsnap as root on the VM's host, in its PID namespace."));
+  });
+}
+
+Result<bool> is_behind(const Process& process, Qmp& qmp) {
+  return with_probe(qmp, [&](const std::string& link) -> Result<bool> { return holds(process, link); });
 }
 
 }  // namespace vmsnap

@@ -17,6 +17,7 @@
 
 namespace vmsnap {
 
+class Process;
 class Qmp;
 
 // Starts that process and gives the socket, on which its greeting, or an error in its
@@ -26,5 +27,8 @@ Result<Fd> start_libvirt_monitor(const MonitorAddress& address);
 // Which process QEMU is: the one that has the domain's UUID among its arguments and to
 // which a pipe of ours has come over the monitor. ErrorCode::vm if there is none here.
 Result<pid_t> find_process_behind(Qmp& qmp);
+
+// Whether it is this one; looks at no other.
+Result<bool> is_behind(const Process& process, Qmp& qmp);
 
 }  // namespace vmsnap

@@ -12,6 +12,7 @@
 #include "formats/json.h"
 #include "snap/vmm/descriptor_message.h"
 #include "snap/vmm/libvirt_monitor.h"
+#include "snap/vmm/process.h"
 #include "snap/vmm/unix_socket.h"
 
 namespace vmsnap {
@@ -90,7 +91,9 @@ Result<Qmp> Qmp::connect(const MonitorAddress& address, std::chrono::millisecond
                                             : connect_to_monitor(address.socket, limit, signals));
   // A monitor talks to one client at a time; the greeting of a second one
   // waits until the first has gone.
-  auto greeting = qmp.read_message(Clock::now() + limit);
+  const auto greeting_end = Clock::now() + limit;
+  auto greeting = qmp.read_message(greeting_end);
+  while (greeting && greeting->contains("event")) greeting = qmp.read_message(greeting_end);
   if (!greeting && greeting.error().code() == ErrorCode::interrupted) {
     return tl::unexpected(std::move(greeting).error());
   }
@@ -125,6 +128,11 @@ Result<pid_t> Qmp::peer_pid() {
                "Run vmsnap in the same PID namespace as the VM.");
   }
   return peer.pid;
+}
+
+Result<bool> Qmp::is_behind_it(const Process& process) {
+  if (address_.is_libvirt()) return is_behind(process, *this);
+  return VMSNAP_TRY(peer_pid()) == process.pid();
 }
 
 Result<Json> Qmp::read_message(Clock::time_point deadline) {
@@ -182,18 +190,53 @@ Result<Json> Qmp::execute(const std::string& command, Json arguments, std::vecto
   }
 }
 
+namespace {
+
+int64_t time_of(const Json& event) {
+  const auto time = event.find("timestamp");
+  if (time == event.end() || !time->is_object()) return 0;
+  const auto part = [&](const char* key) -> int64_t {
+    const auto found = time->find(key);
+    return found != time->end() && found->is_number_integer() ? found->get<int64_t>() : 0;
+  };
+  return part("seconds") * 1'000'000 + part("microseconds");
+}
+
+}  // namespace
+
 void Qmp::note_event(const Json& message) {
-  stops_ += message["event"] == "STOP";
-  resumes_ += message["event"] == "RESUME";
+  const bool is_stop = message["event"] == "STOP", is_resume = message["event"] == "RESUME";
+  stops_ += is_stop;
+  resumes_ += is_resume;
+  if (!marked_ || (!is_stop && !is_resume)) return;
+  const int64_t when = time_of(message);
+  if (when < *marked_) return;
+  if (is_stop) stopped_since_mark_ = true;
+  if (is_resume && !first_resume_since_mark_) first_resume_since_mark_ = when;
+}
+
+int64_t Qmp::unix_us() {
+  return std::chrono::duration_cast<std::chrono::microseconds>(
+             std::chrono::system_clock::now().time_since_epoch())
+      .count();
+}
+
+void Qmp::mark() {
+  marked_ = unix_us();
+  stopped_since_mark_ = false;
+  first_resume_since_mark_.reset();
 }
 
 Status Qmp::read_events(std::chrono::milliseconds limit, const std::function<bool()>& enough) {
   const auto end = Clock::now() + limit;
   const auto has_arrived = [&] {
     if (received_.find('\n') != std::string::npos) return true;
-    const auto left = std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now()).count();
-    pollfd poller = {fd(), POLLIN, 0};
-    return ::poll(&poller, 1, std::max(0, static_cast<int>(left))) > 0;
+    for (;;) {
+      const auto left = std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now()).count();
+      pollfd poller = {fd(), POLLIN, 0};
+      const int ready = ::poll(&poller, 1, std::max(0, static_cast<int>(left)));
+      if (ready >= 0 || errno != EINTR) return ready > 0;
+    }
   };
   while (!enough() && has_arrived()) {
     const Json message = VMSNAP_TRY(read_message(Clock::now() + limit_));

@@ -22,6 +22,8 @@
 
 namespace vmsnap {
 
+class Process;
+
 class Qmp {
  public:
   // Whether SIGINT and its like end the wait for the greeting, with
@@ -40,6 +42,8 @@ class Qmp {
   // is QEMU unless somebody passed it the socket. Of a libvirt domain, see
   // find_process_behind().
   Result<pid_t> peer_pid();
+  // Whether it is this one.
+  Result<bool> is_behind_it(const Process& process);
 
   // Runs a command and returns its "return" value. A QMP error answer is
   // ErrorCode::vm with its description. Descriptors are passed along
@@ -57,6 +61,12 @@ class Qmp {
   // Whether they may arrive after such an answer, though in their order: libvirt
   // passes them on as it likes.
   bool has_late_events() const { return address_.is_libvirt(); }
+  // For late ones. Events have the time at which QEMU sent them, by the clock that
+  // unix_us() reads; only those count here that were sent after mark().
+  static int64_t unix_us();
+  void mark();
+  bool stopped_since_mark() const { return stopped_since_mark_; }
+  std::optional<int64_t> first_resume_since_mark() const { return first_resume_since_mark_; }
   // Reads what has arrived; and what arrives within `limit`, until `enough`.
   Status read_events(std::chrono::milliseconds limit = {},
                      const std::function<bool()>& enough = [] { return false; });
@@ -75,6 +85,9 @@ class Qmp {
   std::chrono::milliseconds limit_{10000};
   uint64_t last_id_ = 0;
   uint64_t stops_ = 0, resumes_ = 0;
+  std::optional<int64_t> marked_;
+  bool stopped_since_mark_ = false;
+  std::optional<int64_t> first_resume_since_mark_;
   Signals signals_ = Signals::wait_through;
 };
 

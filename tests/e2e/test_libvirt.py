@@ -1,7 +1,10 @@
 """VMs whose only monitor is libvirt's: snapshots by way of libvirt, which may fail at
 any moment as vmsnap may, and VMs that are restored without it."""
 
+import shutil
 import signal
+import subprocess
+import time
 
 import pytest
 
@@ -52,6 +55,7 @@ def test_an_image_is_one_instant(shared_world, ordered):
 
 
 def test_a_paused_domain_stays_so(shared_world, ordered):
+    files = checks.open_files(ordered.pid)
     ordered.daemon.virsh("suspend", ordered.name)
     image, done = snapshot(shared_world, ordered)
     done.expect("ok")
@@ -59,10 +63,14 @@ def test_a_paused_domain_stays_so(shared_world, ordered):
     ordered.daemon.virsh("resume", ordered.name)
     victims.check_ordered_image(shared_world, image)
     assert_as_before(ordered)
+    # What QEMU keeps of it as long as it is paused, the next one takes away.
+    snapshot(shared_world, ordered)[1].expect("ok")
+    assert_as_before(ordered, files)
 
 
 @pytest.mark.parametrize("point", SNAPSHOT_POINTS)
 def test_kill(shared_world, ordered, point):
+    files = checks.open_files(ordered.pid)
     folder = shared_world.directory("out")
     image = folder / "x.img"
     command = ["snapshot", *ordered.arguments, "--output", image]
@@ -76,6 +84,7 @@ def test_kill(shared_world, ordered, point):
     checks.assert_only(folder, "x.img")
     victims.check_ordered_image(shared_world, image)
     victims.check_ordered_live(shared_world, ordered)
+    assert_as_before(ordered, files)
 
 
 def assert_resumed_by_others(world, domain, run, image):
@@ -105,6 +114,43 @@ def test_resumed_and_paused_in_the_pause(shared_world, ordered):
         "snapshot", *ordered.arguments, "--output", image, "--in-pause",
         f"{virsh} resume {ordered.name}; {virsh} suspend {ordered.name}")
     assert_resumed_by_others(shared_world, ordered, run, image)
+
+
+@pytest.fixture(scope="module", name="late")
+def vmsnap_that_hears_late(shared_world):
+    """Of events: see late_events.py."""
+    folder = shared_world.directory("late")
+    shutil.copy(harness.VMSNAP, folder / "vmsnap")
+    shutil.copy(harness.LIBVIRT_MONITOR, folder / "real-monitor")
+    shutil.copy(harness.SOURCE / "tests/e2e/late_events.py", folder / "vmsnap-libvirt-monitor")
+    return folder / "vmsnap"
+
+
+@pytest.mark.parametrize("before", ["running", "paused"])
+@pytest.mark.parametrize("meanwhile", ["", "resume", "resume suspend"])
+def test_late_events(shared_world, ordered, late, before, meanwhile):
+    """What others did in the pause is known only when it is over."""
+    image = shared_world.path("x.img")
+    virsh = f"virsh -c '{ordered.daemon.uri}'"
+    if before == "paused":
+        ordered.daemon.virsh("suspend", ordered.name)
+        time.sleep(0.5)  # so that its event has come
+    done = subprocess.run(
+        [late, "snapshot", *ordered.arguments, "--output", image, "--in-pause",
+         "; ".join(f"{virsh} {word} {ordered.name}" for word in meanwhile.split()) or "true"],
+        capture_output=True, text=True, check=False, timeout=harness.LIMIT)
+    if meanwhile:
+        assert done.returncode == harness.EXIT["vm"], done
+        assert "somebody else resumed the VM" in done.stderr
+        assert not image.exists()
+    else:
+        assert done.returncode == 0, done
+        victims.check_ordered_image(shared_world, image)
+    if before == "paused":
+        assert ordered.state() == ("running" if meanwhile == "resume" else "paused")
+        if meanwhile != "resume":
+            ordered.daemon.virsh("resume", ordered.name)
+    assert_as_before(ordered)
 
 
 @pytest.mark.parametrize("point", ["snapshot.registered", "pause.stopped", "pause.armed"])
@@ -150,6 +196,19 @@ def test_libvirt_hangs(world):
     harness.wait_until(lambda: domain.state() == "running", "the domain to run again")
     assert_as_before(domain)
     assert_nothing_left(world)
+
+
+def test_libvirt_hangs_from_the_beginning(world, daemon, ordered):
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        run = world.start_vmsnap("snapshot", *ordered.arguments, "--output", world.path("x.img"))
+        harness.wait_until(lambda: len(world.vmsnap_processes()) >= 2, "libvirt's client to begin")
+        run.signal(signal.SIGINT)
+        run.wait().expect("interrupted")
+        assert_nothing_left(world)
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+    assert_as_before(ordered)
 
 
 def test_linux_is_restored_without_libvirt(world, daemon):

@@ -4,6 +4,10 @@
 // What cannot be is told as QMP tells it, in the place of the greeting or of an answer.
 // Ends when the other end of the socket is closed, and when libvirt is gone: whoever
 // wants to go on starts another, and knows that it may have missed events.
+//
+// `stop` and `cont` become libvirt's own suspend and resume: it gives back the leases of
+// the VM's disks with the one, and takes them again with the other alone; and it lets no
+// other job (a migration, say) be disturbed by them.
 #include <libvirt/libvirt-qemu.h>
 #include <libvirt/libvirt.h>
 #include <libvirt/virterror.h>
@@ -13,6 +17,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <charconv>
 #include <mutex>
 #include <optional>
@@ -22,8 +27,10 @@
 #include <vector>
 
 #include "formats/json.h"
+#include "formats/thread.h"
 #include "snap/vmm/caretaker.h"
 #include "snap/vmm/descriptor_message.h"
+#include "snap/vmm/qmp.h"
 
 namespace vmsnap {
 
@@ -88,6 +95,23 @@ Json run(virDomainPtr domain, const Json& request, std::vector<Fd>& descriptors)
   return parsed.is_object() ? parsed : error_of("libvirt gave no answer of QEMU's");
 }
 
+// To what is so already libvirt says that it cannot be; QEMU does not mind.
+Json change_state(virDomainPtr domain, int (*change)(virDomainPtr), int wanted) {
+  if (change(domain) == 0) return {{"return", Json::object()}};
+  const Json error = last_error();
+  int state = 0;
+  const bool is_so = virDomainGetState(domain, &state, nullptr, 0) == 0 && state == wanted;
+  return is_so ? Json{{"return", Json::object()}} : error;
+}
+
+Json execute(virDomainPtr domain, const Json& request, std::vector<Fd>& descriptors) {
+  const std::string command = text_of(request, "execute");
+  if (command == "qmp_capabilities") return {{"return", Json::object()}};
+  if (command == "stop") return change_state(domain, virDomainSuspend, VIR_DOMAIN_PAUSED);
+  if (command == "cont") return change_state(domain, virDomainResume, VIR_DOMAIN_RUNNING);
+  return run(domain, request, descriptors);
+}
+
 // libvirt counts commands with an "id" of its own.
 void answer(virDomainPtr domain, const std::string& line, std::vector<Fd>& descriptors) {
   Json request = parse_json(line);
@@ -97,9 +121,7 @@ void answer(virDomainPtr domain, const std::string& line, std::vector<Fd>& descr
     id = *found;
     request.erase(found);
   }
-  const auto command = request.find("execute");
-  const bool is_greeted = command != request.end() && *command == "qmp_capabilities";
-  Json reply = is_greeted ? Json{{"return", Json::object()}} : run(domain, request, descriptors);
+  Json reply = execute(domain, request, descriptors);
   reply.erase("id");
   if (id) reply["id"] = *id;
   send_line(reply);
@@ -131,27 +153,35 @@ void serve(virConnectPtr libvirt, virDomainPtr domain) {
   ::_exit(1);
 }
 
-// A libvirt that hangs does not keep us when nobody waits for it any more; one that is
-// gone is not waited for.
-void watch(virConnectPtr libvirt) {
+// A libvirt that hangs, also while we connect, does not keep us when nobody waits for it
+// any more; one that is gone is not waited for.
+void watch(const std::atomic<virConnectPtr>& libvirt) {
   constexpr int look_every_ms = 200;
   for (;;) {
     pollfd hung_up = {client, POLLRDHUP, 0};
     if (::poll(&hung_up, 1, look_every_ms) > 0) ::_exit(0);
-    if (virConnectIsAlive(libvirt) != 1) ::_exit(1);
+    const virConnectPtr connected = libvirt;
+    if (connected && virConnectIsAlive(connected) != 1) ::_exit(1);
+  }
+}
+
+void run_events() {
+  while (virEventRunDefaultImpl() == 0) {
   }
 }
 
 int run_monitor(const std::string& name, const std::string& uri) {
   virSetErrorFunc(nullptr, [](void*, virErrorPtr) {});
   if (virEventRegisterDefaultImpl() < 0) end_with(last_error());
-  std::thread([] {
-    while (virEventRunDefaultImpl() == 0) {
-    }
-  }).detach();
+  static std::atomic<virConnectPtr> connected = nullptr;
+  auto watching = start_thread([] { watch(connected); });
+  auto running = start_thread(run_events);
+  if (!watching || !running) end_with(error_of("there is no room for threads"));
+  watching->detach();
+  running->detach();
   const virConnectPtr libvirt = virConnectOpen(uri.empty() ? nullptr : uri.c_str());
   if (!libvirt) end_with(last_error());
-  std::thread(watch, libvirt).detach();
+  connected = libvirt;
   const virDomainPtr domain = look_up(libvirt, name);
   if (!domain) end_with(last_error());
   if (virDomainIsActive(domain) != 1) end_with(error_of("the domain is not running"));
