@@ -1,8 +1,6 @@
 """The image of a process with threads that watch each other is one instant, on
 every kind of memory, and while the kernel moves that memory about."""
 
-import signal
-
 import pytest
 
 import checks
@@ -79,38 +77,6 @@ def test_collapsed_and_split_again(world):
     system.add_swap(world)
     victim = victims.Writers(world, mib=MIB, disturb="collapse,pageout")
     snapshot_and_judge(world, victim)
-
-
-def test_merged_by_ksm(world):
-    system.run_ksm(world)
-    victim = victims.Writers(world, mib=MIB, disturb="ksm", sweep_us=500000)
-    harness.wait_until(lambda: system.merged_pages() > 0, "KSM to merge pages")
-    snapshot_and_judge(world, victim)
-
-
-def test_ksm_starts_while_snapshots_run(world):
-    """The first finds it standing still, the second does not; the last of them puts it back."""
-    def start():
-        victim = victims.Writers(world, mib=16, disturb="ksm", sweep_us=500000)
-        image = world.path("process.img")
-        run = world.start_vmsnap("snapshot", "--pid", victim.pid, *victim.range_arguments(),
-                                 "--output", image, *harness.PATIENT,
-                                 env={"VMSNAP_STOP_AT": "pause.resumed"})
-        run.wait_stopped()
-        return victim, image, run
-
-    system.run_ksm(world)
-    system.KSM_SWITCH.write_text("0")
-    _, _, first = start()
-    system.KSM_SWITCH.write_text("1")
-    victim, image, second = start()
-    assert system.KSM_SWITCH.read_text() == "0\n", "ksmd works while a snapshot is made"
-    first.signal(signal.SIGCONT)
-    second.signal(signal.SIGCONT)
-    first.wait().expect("ok", "discarded")  # pages may have been merged in between
-    second.wait().expect("ok")
-    victim.check_image(world, image)
-    system.wait_for_ksm()
 
 
 def test_forking(world):
