@@ -7,6 +7,8 @@
 #include <array>
 #include <cerrno>
 
+#include "formats/image_info.h"
+
 namespace vmsnap {
 
 namespace {
@@ -112,7 +114,8 @@ Result<std::vector<RemoteRange>> PageMap::scan_by_ioctl(RemoteRange range, Want 
     request.start = start;
     request.end = end;
     request.regions = reinterpret_cast<uint64_t>(found.data());
-    request.regions_count = found.size();
+    // The kernel allocates for all of them: of a single page that is a quarter of its time.
+    request.regions_count = std::min<uint64_t>(found.size(), (end - start) / page_size);
     request.category_anyof_mask = category_present | category_swapped;
     if (want == Want::marked || want == Want::unmarked) request.category_mask = category_written;
     if (want == Want::marked) request.category_inverted = category_written;
