@@ -38,7 +38,8 @@ void CapturedPiece::note_huge(uint64_t first_unit, uint64_t count) {
 
 CaptureState::CaptureState(const Process& target, PageMap map, Uffd fd, const GuestMemory& memory,
                            std::unique_ptr<Staging> staging_memory)
-    : process(target), pagemap(std::move(map)), uffd(std::move(fd)), staging(std::move(staging_memory)) {
+    : process(target), pagemap(std::move(map)), uffd(std::move(fd)), staging(std::move(staging_memory)),
+      file_name_("the file behind memory of " + target.describe()) {
   for (const MemoryPiece& piece : memory.pieces) {
     pieces.push_back(std::make_unique<CapturedPiece>(piece));
     if (piece.private_of_file()) pieces.back()->own.resize(piece.unit_count());
@@ -102,8 +103,7 @@ Status CaptureState::read_file(const CapturedPiece& piece, uint64_t in_piece,
     std::ranges::fill(to, std::byte{0});
     return {};
   }
-  return read_exact_at(piece.piece.file->get(), to, piece.piece.file_offset + in_piece,
-                       "the file behind memory of " + process.describe());
+  return read_exact_at(piece.piece.file->get(), to, piece.piece.file_offset + in_piece, file_name_);
 }
 
 // A unit that is the process's own is read from it, all others from the file.

@@ -166,6 +166,7 @@ class CaptureState {
   Status check_file(const CapturedPiece& piece, uint64_t first_unit,
                     std::span<const std::byte> data) const;
 
+  const std::string file_name_;  // for errors; asking for it takes longer than reading a page
   mutable std::mutex split_mutex_;
   std::set<RemotePtr> split_;
 
