@@ -46,8 +46,8 @@ class ImageWriter {
   class Encoder {
    public:
     // `between_pages` is called by the thread that writes, before each page that
-    // takes a while, some microseconds, to compare or compress: for who has more
-    // urgent work, too.
+    // takes a while, some microseconds, to compare or compress, and every few pages
+    // else: for who has more urgent work, too.
     explicit Encoder(std::function<void()> between_pages = [] {});
     ~Encoder();
     Encoder(Encoder&&) noexcept;

@@ -15,6 +15,7 @@ namespace {
 using Page = std::span<const std::byte, page_size>;
 
 constexpr uint32_t settled = UINT32_MAX;  // instead of a leader: the entry is known
+constexpr uint32_t looked_at_in_a_turn = 8;
 
 Page page_at(std::span<const std::byte> pages, size_t k) {
   return Page(pages.data() + k * page_size, page_size);
@@ -100,6 +101,7 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const uint
   // Of pages that are alike one after the other only the first is hashed.
   std::optional<uint32_t> hashed;
   for (uint32_t k = 0; k < count; ++k) {
+    if (k % looked_at_in_a_turn == 0) scratch.between_pages();
     const Page page = page_at(pages, k);
     scratch.leaders[k] = settled;
     entries[k] = 0;
@@ -133,6 +135,7 @@ Result<PageCounts> PageStore::store_batch(Scratch& scratch, std::span<const uint
     scratch.to_store.clear();
     scratch.waiting.clear();
     for (const uint32_t k : scratch.pending) {
+      scratch.between_pages();
       const uint64_t hash = scratch.hashes[k];
       switch (VMSNAP_TRY(look_up(hash, owner, numbers[k], page_at(pages, k), entries[k]))) {
         case HintTable::Answer::compare: break;  // equal: entries[k] is set

@@ -1,7 +1,5 @@
 #include "snap/capture.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <set>
 #include <utility>
@@ -9,19 +7,19 @@
 #include "formats/test_point.h"
 #include "formats/thread.h"
 #include "snap/thread_priority.h"
+#include "snap/turn.h"
 
 namespace vmsnap {
 
 namespace {
 
 constexpr std::chrono::milliseconds interval{20};  // of progress
-constexpr unsigned pages_between_helps = 4;  // some 60 us of compressing
 constexpr std::chrono::milliseconds pace_step{20};  // how soon a paced worker sees what was staged
 
 }  // namespace
 
 uint64_t capture_features(const GuestMemory& memory) {
-  uint64_t features = uffd_feature::pagefault_flag_wp;
+  uint64_t features = uffd_feature::pagefault_flag_wp | uffd_feature::thread_id;
   for (const MemoryPiece& piece : memory.pieces) {
     switch (piece.backing) {
       case Backing::hugetlb_shared:
@@ -97,17 +95,18 @@ Status Capture::begin(const std::function<Status()>& on_progress) {
   }
   options_.watched(state_->uffd);
   VMSNAP_TEST_POINT("snapshot.registered");
-  VMSNAP_CHECK(arming_->ahead(on_progress));
-  if (copies_huge_pages()) state_->staging->populate();
+  VMSNAP_CHECK(arm_ahead(on_progress));
   VMSNAP_TEST_POINT("snapshot.armed_ahead");
   return state_->status();
 }
 
-// Whether a writer may wait for all of a huge page.
-bool Capture::copies_huge_pages() const {
-  return std::ranges::any_of(state_->pieces, [&](const auto& piece) {
-    return piece->piece.unit_bytes > page_size || (options_.keep_huge_pages && piece->has_huge());
-  });
+// The staging is populated meanwhile: a writer that waits must not wait for that. Of a
+// small VM not all of it, which takes longer than to protect the VM.
+Status Capture::arm_ahead(const std::function<Status()>& on_progress) {
+  uint64_t bytes = 0;
+  for (const auto& piece : state_->pieces) bytes += piece->piece.range.length;
+  const auto populated = start_async([&]() noexcept { state_->staging->populate(bytes / 8); });
+  return arming_->ahead(on_progress);
 }
 
 Status Capture::watch(const MemoryPiece& piece) {
@@ -166,7 +165,6 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
   }
   faults_->request_stop();
   fault_thread_.join();
-  std::unique_lock nobody_helps(state_->closing);  // and whoever did has said what failed
   VMSNAP_CHECK(state_->status());
   for (const auto& piece : state_->pieces) {
     for (uint64_t unit = 0; unit < piece->states.count(); ++unit) {
@@ -179,8 +177,6 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
   }
   // The guest is on its own again; the rest is between us and the disk.
   let_go();
-  state_->uffd.close();
-  nobody_helps.unlock();
   VMSNAP_TEST_POINT("copy.done");
   state_->staging->close();
   mend_huge_pages();
@@ -190,6 +186,7 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
       if (const Status wanted = on_progress(); !wanted) state_->fail(wanted.error());
     }
   }
+  state_->uffd.close();  // until now workers looked at it
   return state_->status();
 }
 
@@ -209,13 +206,8 @@ void Capture::mend_huge_pages() {
 // the next of them needs; then the sweep, until there is no more.
 Status Capture::work() {
   take_short_turns();
-  ImageWriter::Encoder encoder([this, pages = 0u, woken_seen = uint64_t{0}]() mutable {
-    if (++pages % pages_between_helps != 0) return;
-    faults_->help();
-    const uint64_t woken = state_->writers_woken;
-    // To a writer that has been let go: the kernel would look only at its next tick.
-    if (woken != std::exchange(woken_seen, woken)) ::sched_yield();
-  });
+  Turn turn(*state_);
+  ImageWriter::Encoder encoder([&turn] { turn.end_if_wanted(); });
   Chunk swept = VMSNAP_TRY(Chunk::create());
   swept.populate();
   const auto write_swept = [&]() -> Status {
@@ -234,7 +226,7 @@ Status Capture::work() {
     } else if (const auto wait = pace_.wait(); wait > Pace::Clock::duration{}) {
       VMSNAP_CHECK(state_->status());
       std::this_thread::sleep_for(std::min<Pace::Clock::duration>(wait, pace_step));
-    } else if (VMSNAP_TRY(sweep_.next(swept, write_swept))) {
+    } else if (VMSNAP_TRY(sweep_.next(swept, write_swept, turn))) {
       VMSNAP_CHECK(write_swept());
     } else {
       break;

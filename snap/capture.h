@@ -12,7 +12,7 @@
 // at once, which frees the target. Every call from the same thread.
 //
 // Threads: one answers write faults; `workers` sweep and compress, and between
-// two pages answer a fault that still waits, and let writers have the processor.
+// two pages let that one and the writers have the processor.
 // Memory: the staging, 2 MiB a worker, 1 byte a page of the target, and what
 // ImageWriter states.
 #pragma once
@@ -80,7 +80,7 @@ class Capture {
   Capture(ImageWriter& writer, CaptureOptions options, std::unique_ptr<CaptureState> state)
       : writer_(writer), options_(std::move(options)), state_(std::move(state)), sweep_(*state_),
         pace_(options_.bytes_per_second) {}
-  bool copies_huge_pages() const;
+  Status arm_ahead(const std::function<Status()>& on_progress);
   Status watch(const MemoryPiece& piece);
   void mend_huge_pages();
   Status work();

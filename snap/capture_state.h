@@ -15,8 +15,8 @@
 #include <mutex>
 #include <optional>
 #include <set>
-#include <shared_mutex>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "formats/error.h"
@@ -113,14 +113,13 @@ class CaptureState {
   // are read and answered, so that none is read before the instant and answered
   // after it.
   std::mutex arming;
-  // Taken exclusively to close the userfaultfd, shared by who looks at it without
-  // being run() of the fault handler. Before `arming`, where both are taken.
-  std::shared_mutex closing;
   bool armed = false;                // the instant has been
   std::vector<UnitRun> let_through;  // freed for early writers since they were last protected
 
   std::atomic<bool> early_writes_wait = false;  // a little, so that arming gains on them
-  std::atomic<uint64_t> writers_woken = 0;      // times; from the instant on
+  // Times that a writer was let go, or came to wait for what the sweep is copying and
+  // will let go; from the instant on (turn.h).
+  std::atomic<uint64_t> writers_woken = 0;
 
   // What was written shortly before the instant, and so is written again soon.
   // Arming's until the instant.

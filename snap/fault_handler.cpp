@@ -1,13 +1,14 @@
 #include "snap/fault_handler.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <shared_mutex>
 #include <thread>
+#include <utility>
 
 #include "formats/test_point.h"
 #include "snap/thread_priority.h"
@@ -22,16 +23,12 @@ constexpr int longest_idle_ms = 200;  // between an idle handler's signs of life
 constexpr int lull_ms = 20;   // how long pages wait for company on their way to a compressor
 constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
 constexpr std::chrono::microseconds early_wait{20};
-constexpr int max_helped = 16;  // events that a helper answers before it goes on with its own work
-constexpr uint64_t neighbours = 8;  // pages; to copy them takes 5 us longer than to copy one
+constexpr uint64_t between_follows = 128;  // writers woken; to look where one is takes 10 us
+// Pages. To copy eight takes 4 us longer than to copy one, which only pays for a
+// guest that goes on writing near by: where another write to the region has waited.
+constexpr uint64_t neighbours = 8;
+constexpr uint64_t region_pages = 16;
 constexpr uint64_t max_ahead = 32;  // pages that are dealt with before they are asked for
-
-// Whether to copy any page that somebody waits for takes no more than a chunk or
-// two: for more, the staging may have to be emptied meanwhile.
-bool is_soon_copied(const CaptureState& state) {
-  return std::ranges::all_of(state.pieces,
-                             [](const auto& piece) { return piece->piece.unit_bytes <= chunk_bytes; });
-}
 
 }  // namespace
 
@@ -39,8 +36,9 @@ FaultHandler::FaultHandler(CaptureState& state, bool keep_huge, std::chrono::mil
                            std::function<void()> heartbeat)
     : state_(state), keep_huge_(keep_huge), stall_limit_(stall_limit),
       idle_ms_(static_cast<int>(std::clamp<int64_t>(stall_limit.count() / 4, 1, longest_idle_ms))),
-      heartbeat_(std::move(heartbeat)),
-      can_be_helped_(is_soon_copied(state)) {}
+      heartbeat_(std::move(heartbeat)) {
+  recent_regions_.fill(UINT64_MAX);
+}
 
 FaultHandler::~FaultHandler() {
   if (chunk_) state_.staging->give_back(chunk_);
@@ -65,36 +63,24 @@ void FaultHandler::run() {
                       {state_.process.pidfd(), POLLIN, 0}};
   while (!state_.failed()) {
     heartbeat_();
-    const auto answered = answer_events();
-    if (!answered) return state_.fail(answered.error());
-    if (*answered > 0) continue;
-    if (stopping_) break;
-    if (const Status waited = check_sweeps_wait(); !waited) return state_.fail(waited.error());
     const int ready = ::poll(watched, std::size(watched), has_staged() ? std::min(lull_ms, idle_ms_) : idle_ms_);
     if (ready < 0 && errno != EINTR) return state_.fail(Error::from_errno(errno, "poll failed"));
-    // A lull: what was copied so far can be compressed.
-    if (ready == 0) hand_on_staged();
-    if (watched[2].revents) {
+    if (ready > 0 && watched[2].revents) {
       return state_.fail(Error(ErrorCode::vm, "the VM ended while it was being snapshotted"));
     }
+    if (ready > 0 && watched[0].revents) {
+      const auto answered = answer_events();
+      if (!answered) return state_.fail(answered.error());
+      // Without looking whether there is more: a writer that was woken may wait for
+      // this processor.
+      if (*answered > 0) continue;
+    }
+    if (stopping_) break;
+    if (const Status waited = check_sweeps_wait(); !waited) return state_.fail(waited.error());
+    // A lull: what was copied so far can be compressed.
+    if (ready == 0) hand_on_staged();
   }
   hand_on_staged();
-}
-
-void FaultHandler::help() {
-  const std::shared_lock open(state_.closing, std::try_to_lock);
-  // Once stopping, whoever has the lock may close the userfaultfd.
-  if (!open || !can_be_helped_ || stopping_ || state_.failed() || !state_.uffd.has_events()) return;
-  // Or the thread in run(), which is preferred, waits for a compressor, which is not.
-  const HigherPriority preferred;
-  // Whoever helps may be the only one who makes room.
-  for (int i = 0; i < max_helped && state_.staging->has_plenty(); ++i) {
-    std::unique_lock lock(state_.arming, std::try_to_lock);
-    if (!lock) return;
-    const auto answered = answer(std::move(lock));
-    if (!answered) return state_.fail(answered.error());
-    if (*answered == 0) return;
-  }
 }
 
 bool FaultHandler::has_staged() const {
@@ -107,26 +93,32 @@ void FaultHandler::hand_on_staged() {
   flush();
 }
 
+// `arming` is let go before anybody is woken: the kernel likes to give the woken the
+// waker's processor.
 Result<size_t> FaultHandler::answer_events() {
   if (state_.early_writes_wait && !at_instant_) std::this_thread::sleep_for(early_wait);
   std::unique_lock lock(state_.arming);
   at_instant_ = state_.armed;
-  return answer(std::move(lock));
-}
-
-// How many events there were; from the instant on, one at most. `lock` is of
-// CaptureState::arming, and let go before anybody is woken: the kernel likes to
-// give the woken the waker's processor, and others wait for the lock.
-Result<size_t> FaultHandler::answer(std::unique_lock<std::mutex> lock) {
-  const auto events = VMSNAP_TRY(state_.armed ? state_.uffd.read_events(1) : state_.uffd.read_events());
+  const auto events = VMSNAP_TRY(at_instant_ ? state_.uffd.read_events(1) : state_.uffd.read_events());
   RemoteRange waiting;
   for (const UffdEvent& event : events) waiting = VMSNAP_TRY(handle(event));
   lock.unlock();
   if (waiting.length > 0) {
     VMSNAP_CHECK(state_.uffd.wake(waiting));
     ++state_.writers_woken;
+    follow(events.back().thread);
   }
   return events.size();
+}
+
+// A writer that waits has left its processor: who is woken there has it at once, and
+// so has the writer after that. Elsewhere each of both must get one from a compressor
+// first, or one that is idle must be woken (60 us instead of 10 on two processors of a
+// virtual machine), and the scheduler likes to leave threads where they are.
+void FaultHandler::follow(pid_t writer) {
+  if (writer == 0 || ++woken_ % between_follows != 0) return;
+  const auto processor = state_.process.last_processor(writer);
+  if (processor && *processor != ::sched_getcpu()) move_to(*processor);
 }
 
 // Where somebody is to be woken still; empty: nowhere.
@@ -176,6 +168,7 @@ Result<RemoteRange> FaultHandler::handle_write(CapturedPiece& piece, uint64_t un
       break;
     case UnitState::claimed:  // by the sweep, which wakes the writer when it frees the page
       waiting = {};
+      ++state_.writers_woken;  // it will have been, when the sweep looks at this
       if (!sweeps_.piece) sweeps_ = {&piece, unit, start};
       break;
     case UnitState::done:  // copied and freed since the event was raised: only the wake-up is owed.
@@ -193,8 +186,14 @@ uint64_t FaultHandler::Ahead::at(uint64_t page, uint64_t limit) {
   return pages;
 }
 
+// Notes it, too.
+bool FaultHandler::is_near_recent(uint64_t page) {
+  const uint64_t region = page / region_pages;
+  return std::exchange(recent_regions_[region % recent_regions_.size()], region) == region;
+}
+
 // What is copied together with a page that is waited for. If nobody need wait for
-// room, all of a huge page that is one still, else a few neighbours, which are
+// room, all of a huge page that is one still, else a few neighbours if they are
 // likely to be written soon. And what comes next, if this page came right after
 // the last ones.
 CapturedPiece::Window FaultHandler::around(const CapturedPiece& piece, uint64_t unit) {
@@ -202,6 +201,8 @@ CapturedPiece::Window FaultHandler::around(const CapturedPiece& piece, uint64_t 
   const uint64_t end = unit + ahead_.at(piece.page_of(unit), window.end - unit);
   if (!state_.staging->has_plenty()) return {unit, end};
   if (keep_huge_ && piece.is_whole(unit)) return window;
+  const bool goes_on = end > unit + 1;
+  if (!is_near_recent(piece.page_of(unit)) && !goes_on) return {unit, end};
   const uint64_t first = unit - (unit - window.first) % neighbours;
   const uint64_t last = std::max(end, std::min(first + neighbours, window.end));
   ahead_.reached(piece.page_of(last));

@@ -3,6 +3,7 @@
 // the writer go on.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <functional>
@@ -31,18 +32,18 @@ class FaultHandler {
   void run();
   void request_stop();
 
-  // Answers what waits, if run() is not at it: when a writer wakes the thread in
-  // run() on a processor where another of ours is at work, that can keep it until
-  // its turn is over, 4 ms. From any thread, after the instant; waits for nothing.
-  void help();
+  // Answers what waits now, and returns how many events that were; from the
+  // instant on one at most. Of run(), or of one thread instead of it; waits for the
+  // disk if the staging is full.
+  Result<size_t> answer_events();
 
  private:
-  Result<size_t> answer_events();
-  Result<size_t> answer(std::unique_lock<std::mutex> lock);
+  void follow(pid_t writer);
   Result<RemoteRange> handle(const UffdEvent& event);
   Status let_through(CapturedPiece& piece, uint64_t unit);
   Result<RemoteRange> handle_write(CapturedPiece& piece, uint64_t unit);
   Status handle_missing(CapturedPiece& piece, uint64_t unit);
+  bool is_near_recent(uint64_t page);
   CapturedPiece::Window around(const CapturedPiece& piece, uint64_t unit);
   Result<RemoteRange> copy_pages(CapturedPiece& piece, uint64_t unit);
   Status copy_large_unit(CapturedPiece& piece, uint64_t unit);
@@ -53,7 +54,7 @@ class FaultHandler {
   bool has_staged() const;
   void hand_on_staged();
 
-  // Neighbours that are dealt with in one go: they grow while writes come in
+  // What comes next is dealt with in the same go: ever more, while writes come in
   // the order of addresses.
   class Ahead {
    public:
@@ -71,10 +72,10 @@ class FaultHandler {
   const std::chrono::milliseconds stall_limit_;
   const int idle_ms_;  // between signs of life
   std::function<void()> heartbeat_;
-  const bool can_be_helped_;
   Fd stop_;  // eventfd
   std::atomic<bool> stopping_ = false;
-  bool at_instant_ = false;       // the instant has been, as of the last events; of run() alone
+  bool at_instant_ = false;       // the instant has been, as of the last events
+  uint64_t woken_ = 0;            // writers
   // A unit that the sweep had claimed when a writer came, null if there is none,
   // and since when the writer waits.
   struct SweepsWait {
@@ -87,6 +88,8 @@ class FaultHandler {
   SweepsWait sweeps_;
   Chunk* chunk_ = nullptr;        // being filled
   Ahead early_, ahead_;
+  // Where writes have waited lately: a page of each region, and the last of them.
+  std::array<uint64_t, 64> recent_regions_;
   std::optional<ZeroMemory> zeros_;  // one hugetlb page, of the largest unit; made when first needed
 };
 

@@ -32,10 +32,11 @@ Result<std::unique_ptr<Staging>> Staging::create(uint64_t bytes) {
   return staging;
 }
 
-void Staging::populate() {
+void Staging::populate(uint64_t bytes) {
   std::lock_guard lock(mutex_);
+  const size_t count = std::min<uint64_t>(empty_.size() - empty_.size() / 4, bytes / (Chunk::capacity * page_size));
   // From the back: the last is taken first.
-  for (size_t i = empty_.size(); i > empty_.size() / 2; --i) empty_[i - 1]->populate();
+  for (size_t i = 1; i <= count; ++i) empty_[empty_.size() - i]->populate();
 }
 
 Chunk* Staging::take_empty(std::chrono::milliseconds limit) {
@@ -58,7 +59,7 @@ void Staging::give_back(Chunk* chunk) {
 
 bool Staging::has_plenty() {
   std::lock_guard lock(mutex_);
-  return empty_.size() * 4 > chunks_.size();
+  return empty_.size() > chunks_.size() / 4;
 }
 
 void Staging::hand_on(Chunk* full) {

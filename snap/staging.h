@@ -57,9 +57,10 @@ class Staging {
   // `bytes` of staging, at least 8 MiB.
   static Result<std::unique_ptr<Staging>> create(uint64_t bytes);
 
-  // Takes half of the memory at once, so that no writer waits for the kernel to
-  // find it: that takes longer than to copy a huge page. Before any chunk is taken.
-  void populate();
+  // Takes the memory of what plenty is, `bytes` at most, so that no writer waits for
+  // the kernel to find it: that takes longer than to copy a huge page. Before any
+  // chunk is taken.
+  void populate(uint64_t bytes);
 
   // An empty chunk; waits for one up to `limit`. Null after abort() or when the
   // time is over.

@@ -53,7 +53,7 @@ bool Sweep::take(Work& work) {
   return false;
 }
 
-Result<bool> Sweep::next(Chunk& chunk, const std::function<Status()>& full) {
+Result<bool> Sweep::next(Chunk& chunk, const std::function<Status()>& full, Turn& turn) {
   Work work;
   {
     std::lock_guard lock(mutex_);
@@ -63,7 +63,7 @@ Result<bool> Sweep::next(Chunk& chunk, const std::function<Status()>& full) {
     }
     ++copying_;
   }
-  const Status copied = is_large(*work.piece) ? copy_large_unit(work, chunk, full) : copy_pages(work, chunk);
+  const Status copied = is_large(*work.piece) ? copy_large_unit(work, chunk, full) : copy_pages(work, chunk, turn);
   // Before anybody can see that the sweep is through, without what failed.
   if (!copied) state_.fail(copied.error());
   {
@@ -75,13 +75,14 @@ Result<bool> Sweep::next(Chunk& chunk, const std::function<Status()>& full) {
   return true;
 }
 
-Status Sweep::copy_pages(const Work& work, Chunk& chunk) {
+Status Sweep::copy_pages(const Work& work, Chunk& chunk, Turn& turn) {
   const uint64_t writes = state_.counters.write_faults;
   const bool quiet = writes_seen_.exchange(writes) == writes;
   const uint64_t step = work.piece->is_whole(work.first) ? Chunk::capacity
                         : quiet                          ? pages_at_once_when_quiet
                                                          : pages_at_once;
   for (uint64_t first = work.first; first < work.end && !state_.failed(); first += step) {
+    turn.end_if_wanted();
     std::optional<HigherPriority> preferred;  // a writer may wait for what is claimed
     if (!quiet) preferred.emplace();
     VMSNAP_CHECK(copy_window(state_, *work.piece, first, std::min(work.end, first + step), chunk));

@@ -14,6 +14,7 @@
 
 #include "formats/error.h"
 #include "snap/capture_state.h"
+#include "snap/turn.h"
 
 namespace vmsnap {
 
@@ -26,8 +27,8 @@ class Sweep {
   // which is empty, and may stay so. False when there is no more work; others
   // may then still be at theirs. A hugetlb page that is larger than a chunk is
   // copied as a whole before its writers go on: `full` is called to empty the
-  // chunk in between.
-  Result<bool> next(Chunk& chunk, const std::function<Status()>& full);
+  // chunk in between. `turn` is the calling thread's.
+  Result<bool> next(Chunk& chunk, const std::function<Status()>& full, Turn& turn);
 
   // Waits until nothing is left to take and nobody is copying, up to `limit`: says
   // whether that is so.
@@ -41,7 +42,7 @@ class Sweep {
   bool finished() const { return exhausted_ && copying_ == 0; }
   bool take(Work& work);
   bool take_early(Work& work);
-  Status copy_pages(const Work& work, Chunk& chunk);
+  Status copy_pages(const Work& work, Chunk& chunk, Turn& turn);
   Status copy_large_unit(const Work& work, Chunk& chunk, const std::function<Status()>& full);
 
   CaptureState& state_;

@@ -55,6 +55,17 @@ void prefer_this_thread() {
   schedule_as_batch(0);
 }
 
+void move_to(int processor) {
+  cpu_set_t allowed, one;
+  CPU_ZERO(&one);
+  if (::sched_getaffinity(0, sizeof allowed, &allowed) < 0 || processor >= CPU_SETSIZE ||
+      !CPU_ISSET(processor, &allowed)) {
+    return;
+  }
+  CPU_SET(processor, &one);
+  if (::sched_setaffinity(0, sizeof one, &one) == 0) (void)::sched_setaffinity(0, sizeof allowed, &allowed);
+}
+
 void take_short_turns() {
   constexpr uint64_t least_ns = 100000;  // there is
   if (::sched_getscheduler(0) != SCHED_IDLE) schedule_as_batch(least_ns);

@@ -11,6 +11,9 @@ namespace vmsnap {
 // that is free.
 void prefer_this_thread();
 
+// Moves the calling thread to a processor, if it may run there; not for good.
+void move_to(int processor);
+
 // The calling thread has much to do: it asks for short turns on a processor, so
 // that whoever wakes up there waits for a tenth of a millisecond, not for three
 // (sched_setattr(2), sched_runtime, Linux 6.12). Not if all of us is SCHED_IDLE

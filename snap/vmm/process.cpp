@@ -29,18 +29,18 @@ Result<std::string> read_link(const std::string& path) {
       Error(ErrorCode::privilege, error.message()).with_remedy("Run vmsnap as root."));
 }
 
-// Field 22 of /proc/PID/stat. The name in field 2 may hold spaces and
+// A field of a `stat` file of proc(5). The name in field 2 may hold spaces and
 // parentheses; what follows its last ')' starts with field 3.
-Result<uint64_t> read_start_time(pid_t pid) {
-  const std::string stat = VMSNAP_TRY(read_small_file(fmt::format("/proc/{}/stat", pid)));
+Result<uint64_t> read_stat_field(const std::string& path, int number) {
+  const std::string stat = VMSNAP_TRY(read_small_file(path));
   size_t at = stat.rfind(')');
-  for (int field = 2; field < 22 && at != std::string::npos; ++field) at = stat.find(' ', at + 1);
-  uint64_t ticks = 0;
+  for (int field = 2; field < number && at != std::string::npos; ++field) at = stat.find(' ', at + 1);
+  uint64_t value = 0;
   if (at == std::string::npos ||
-      std::from_chars(stat.data() + at + 1, stat.data() + stat.size(), ticks).ec != std::errc()) {
-    return fail(ErrorCode::vm, "cannot read the start time of process {}", pid);
+      std::from_chars(stat.data() + at + 1, stat.data() + stat.size(), value).ec != std::errc()) {
+    return fail(ErrorCode::vm, "cannot read field {} of {}", number, path);
   }
-  return ticks;
+  return value;
 }
 
 // The names of a /proc directory that are numbers.
@@ -71,7 +71,7 @@ Result<Process> Process::open(pid_t pid) {
         Error::from_errno(errno, fmt::format("cannot open process {}", pid), ErrorCode::vm));
   }
   process.pidfd_ = Fd(fd);
-  process.start_time_ = VMSNAP_TRY(read_start_time(pid));
+  process.start_time_ = VMSNAP_TRY(read_stat_field(fmt::format("/proc/{}/stat", pid), 22));
   // The pidfd was there first: if the process lives now, the start time is its own.
   if (!process.alive()) return fail(ErrorCode::vm, "process {} has ended", pid);
   return process;
@@ -140,6 +140,10 @@ Result<std::string> Process::thread_status_field(pid_t tid, std::string_view nam
   if (at == std::string::npos) return std::string();
   const size_t start = status.find_first_not_of(" \t", at + key.size());
   return status.substr(start, status.find('\n', start) - start);
+}
+
+Result<int> Process::last_processor(pid_t tid) const {
+  return static_cast<int>(VMSNAP_TRY(read_stat_field(fmt::format("/proc/{}/task/{}/stat", pid_, tid), 39)));
 }
 
 Result<std::vector<pid_t>> Process::threads() const {

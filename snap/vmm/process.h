@@ -49,6 +49,8 @@ class Process {
   // Value of "Name:" in /proc/PID/status, trimmed; empty if it is not there.
   Result<std::string> status_field(std::string_view name) const;
   Result<std::string> thread_status_field(pid_t tid, std::string_view name) const;
+  // The processor that a thread of it ran on last.
+  Result<int> last_processor(pid_t tid) const;
   // Thread numbers at this moment.
   Result<std::vector<pid_t>> threads() const;
   // What each of its descriptors is open on: (number, link text).

@@ -45,6 +45,7 @@ std::string feature_names(uint64_t features) {
       Name{uffd_feature::event_remove, "remove events (Linux 4.11)"},
       Name{uffd_feature::missing_hugetlbfs, "hugetlbfs (Linux 4.11)"},
       Name{uffd_feature::missing_shmem, "shared memory (Linux 4.11)"},
+      Name{uffd_feature::thread_id, "thread numbers (Linux 4.14)"},
       Name{uffd_feature::wp_hugetlbfs_shmem, "write protection of shared memory (Linux 5.19)"},
       Name{uffd_feature::poison, "poisoned pages (Linux 6.6)"},
   };
@@ -199,6 +200,7 @@ std::vector<UffdEvent> Uffd::parse_messages(std::span<const std::byte> messages)
                                                     : UffdEvent::Kind::missing;
         event.write = flags & UFFD_PAGEFAULT_FLAG_WRITE;
         event.address = RemotePtr(message.arg.pagefault.address & ~uint64_t{4095});
+        event.thread = static_cast<pid_t>(message.arg.pagefault.feat.ptid);
         break;
       }
       case UFFD_EVENT_REMOVE:

@@ -8,6 +8,8 @@
 // Debian 12's header, include/uapi/linux/userfaultfd.h of Linux 6.18.
 #pragma once
 
+#include <sys/types.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -27,6 +29,7 @@ struct UffdEvent {
   RemotePtr address;    // faults: the page (unaligned low bits cleared); removed: start
   uint64_t length = 0;  // removed and unmapped: bytes
   bool write = false;   // faults: the access was a write
+  pid_t thread = 0;     // faults: whose, in its own PID namespace; 0: not told (thread_id)
 };
 
 enum class CopyOutcome {
@@ -137,6 +140,7 @@ inline constexpr uint64_t event_remove = 1 << 3;
 inline constexpr uint64_t missing_hugetlbfs = 1 << 4;
 inline constexpr uint64_t missing_shmem = 1 << 5;
 inline constexpr uint64_t event_unmap = 1 << 6;
+inline constexpr uint64_t thread_id = 1 << 8;
 inline constexpr uint64_t wp_hugetlbfs_shmem = 1 << 12;  // Linux 5.19
 inline constexpr uint64_t wp_unpopulated = 1 << 13;      // 6.4
 inline constexpr uint64_t poison = 1 << 14;              // 6.6

@@ -1,4 +1,4 @@
-// A write that waits is answered by whoever comes first.
+// What is copied for a write that waits, before it goes on.
 #include "snap/fault_handler.h"
 
 #include <gtest/gtest.h>
@@ -6,8 +6,8 @@
 
 #include <atomic>
 #include <cstring>
-#include <numeric>
 #include <thread>
+#include <vector>
 
 #include "snap/capture.h"
 #include "snap/vmm/handover.h"
@@ -63,6 +63,14 @@ class FaultHandlerTest : public ::testing::Test {
   }
   bool written() const { return talk_->write_to == -1; }
 
+  // The pages that were handed on, all as they were at the instant.
+  std::vector<uint64_t> staged() {
+    Chunk* const chunk = state_->staging->try_take_full();
+    if (!chunk) return {};
+    for (const std::byte byte : chunk->data()) EXPECT_EQ(byte, std::byte{'a'});
+    return {chunk->numbers().begin(), chunk->numbers().end()};
+  }
+
   WriterTalk* const talk_ = shared_with_victim<WriterTalk>();
   Victim victim_{[this] { return write_as_told(talk_); }};
   Process process_ = victim_.process();
@@ -71,43 +79,53 @@ class FaultHandlerTest : public ::testing::Test {
   std::unique_ptr<FaultHandler> handler_;
 };
 
-TEST_F(FaultHandlerTest, IsHelpedByOthers) {
-  EXPECT_FALSE(state_->uffd.has_events());
-  handler_->help();  // nobody waits
+TEST_F(FaultHandlerTest, CopiesBeforeTheWriterGoesOn) {
+  EXPECT_EQ(*handler_->answer_events(), 0u);  // nobody waits
   write(3);
   EXPECT_FALSE(written());
-  handler_->help();
+  EXPECT_EQ(*handler_->answer_events(), 1u);
   EXPECT_TRUE(becomes_true([&] { return written(); }));
   EXPECT_EQ(state_->counters.write_faults, 1u);
+  EXPECT_EQ(state_->writers_woken, 1u);
   EXPECT_EQ(state_->pieces[0]->states.get(3), UnitState::done);
 
-  // The rest is for run() alone, which ends when it is done; after that somebody
-  // closes the userfaultfd.
+  // What waits when it is told to stop is answered.
+  write(40);
   handler_->request_stop();
-  write(9);
-  handler_->help();
-  EXPECT_TRUE(state_->uffd.has_events());
   std::thread([this] { handler_->run(); }).join();
   EXPECT_TRUE(becomes_true([&] { return written(); }));
   EXPECT_TRUE(state_->status());
+  EXPECT_EQ(staged(), (std::vector<uint64_t>{3, 40}));
+}
 
-  // Both pages went the same way, as they were at the instant, with their neighbours.
-  Chunk* const staged = state_->staging->try_take_full();
-  ASSERT_NE(staged, nullptr);
-  std::vector<uint64_t> expected(16);
-  std::iota(expected.begin(), expected.end(), 0);
-  ASSERT_EQ(std::vector(staged->numbers().begin(), staged->numbers().end()), expected);
-  for (const std::byte byte : staged->data()) ASSERT_EQ(byte, std::byte{'a'});
+TEST_F(FaultHandlerTest, IsToldWhoWaits) {
+  write(3);
+  const auto events = *state_->uffd.read_events();
+  ASSERT_EQ(events.size(), 1u);
+  EXPECT_EQ(events[0].thread, process_.pid());
+}
+
+// Somebody who writes near where a write has waited will go on there; who writes
+// anywhere waits for one page only.
+TEST_F(FaultHandlerTest, CopiesNeighboursOfWritesThatAreNearToEachOther) {
+  for (const int page : {20, 100, 29}) {
+    write(page);
+    EXPECT_EQ(*handler_->answer_events(), 1u);
+    EXPECT_TRUE(becomes_true([&] { return written(); }));
+  }
+  handler_->request_stop();
+  std::thread([this] { handler_->run(); }).join();
+  EXPECT_EQ(staged(), (std::vector<uint64_t>{20, 100, 24, 25, 26, 27, 28, 29, 30, 31}));
 }
 
 // Who writes page after page waits ever more rarely.
 TEST_F(FaultHandlerTest, CopiesMoreAheadOfWritesInOrder) {
-  for (const int page : {64, 72, 80, 88, 96, 112}) {
+  for (const int page : {64, 65, 72, 80, 88, 104}) {
     write(page);
-    handler_->help();
+    EXPECT_EQ(*handler_->answer_events(), 1u);
     EXPECT_TRUE(becomes_true([&] { return written(); }));
   }
-  EXPECT_EQ(state_->counters.copied_pages, 80u);
+  EXPECT_EQ(state_->counters.copied_pages, 72u);  // the last time, 32
 }
 
 // Of a huge page that is small pages already, there is nothing to keep together.
@@ -115,29 +133,16 @@ TEST_F(FaultHandlerTest, CopiesAllOfAHugePageWhileItIsOne) {
   state_->pieces[0]->note_huge(0, victim_pages);
   state_->pieces[0]->states.set(7, UnitState::done);
   write(3);
-  handler_->help();
+  EXPECT_EQ(*handler_->answer_events(), 1u);
   EXPECT_TRUE(becomes_true([&] { return written(); }));
-  EXPECT_EQ(state_->counters.copied_pages, 7u);
+  EXPECT_EQ(state_->counters.copied_pages, 1u);
 
   for (uint64_t page = 0; page < victim_pages; ++page) state_->pieces[0]->states.set(page, UnitState::armed);
   ASSERT_EQ(*state_->uffd.write_protect(memory_.pieces[0].range), ProtectOutcome::done);
   write(3);
-  handler_->help();
+  EXPECT_EQ(*handler_->answer_events(), 1u);
   EXPECT_TRUE(becomes_true([&] { return written(); }));
-  EXPECT_EQ(state_->counters.copied_pages, 7 + victim_pages);
-}
-
-// To help must never mean to wait for those who empty the staging: the helper
-// may be the only one of them.
-TEST_F(FaultHandlerTest, IsNotHelpedWhenRoomIsScarce) {
-  std::vector<Chunk*> taken;
-  while (state_->staging->has_plenty()) taken.push_back(state_->staging->take_empty(0ms));
-  write(5);
-  handler_->help();
-  EXPECT_TRUE(state_->uffd.has_events());
-  for (Chunk* chunk : taken) state_->staging->give_back(chunk);
-  handler_->help();
-  EXPECT_TRUE(becomes_true([&] { return written(); }));
+  EXPECT_EQ(state_->counters.copied_pages, 1 + victim_pages);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/time.h>
@@ -60,6 +61,24 @@ TEST(ProcessEnd, ASignalIsNotIt) {
   const itimerval never = {};
   ::setitimer(ITIMER_REAL, &never, nullptr);
   ::sigaction(SIGALRM, &before, nullptr);
+}
+
+TEST(ProcessThread, SaysWhereItRanLast) {
+  const Victim victim([]() -> int {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(::sched_getcpu(), &one);
+    ::sched_setaffinity(0, sizeof one, &one);
+    for (;;) ::pause();
+  });
+  cpu_set_t allowed;
+  ASSERT_TRUE(becomes_true([&] {
+    return ::sched_getaffinity(victim.process().pid(), sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) == 1;
+  }));
+  const auto processor = victim.process().last_processor(victim.process().pid());
+  ASSERT_TRUE(processor) << processor.error().message();
+  EXPECT_TRUE(CPU_ISSET(*processor, &allowed));
+  EXPECT_FALSE(victim.process().last_processor(::getpid()));
 }
 
 TEST(Injected, AStopThatCameMeanwhileIsNotLost) {

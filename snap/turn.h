@@ -1,0 +1,32 @@
+// One worker's turn on its processor, which it ends when somebody waits for it.
+//
+// The kernel lets a thread that wakes up wait until the turn of the one that runs
+// is over, which it sees at its next tick: up to 4 ms. A worker looks more often. Of
+// the calling thread alone; it blocks for as long as others run.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+
+#include "snap/capture_state.h"
+
+namespace vmsnap {
+
+class Turn {
+ public:
+  explicit Turn(const CaptureState& state) : state_(state) {}
+
+  // To be called every few microseconds of work. Yields if a writer has been let go since
+  // the last call, or if a write waits to be answered: either may have this processor
+  // next (sched_yield(2)).
+  void end_if_wanted();
+
+ private:
+  bool is_wanted();
+
+  const CaptureState& state_;
+  uint64_t woken_seen_ = 0;
+  std::chrono::steady_clock::time_point looked_;
+};
+
+}  // namespace vmsnap
