@@ -29,7 +29,7 @@ inline constexpr std::array test_point_names = {
     std::string_view("pause.resumed"),        // the VM runs again
     std::string_view("copy.fault"),           // one writer waits, nothing copied for it; each time
     std::string_view("copy.half"),            // about half the pages copied
-    std::string_view("copy.done"),            // all copied, uffd closed
+    std::string_view("copy.done"),            // all copied, the guest let go
     std::string_view("store.pack_started"),     // a pack's header written, no frame
     std::string_view("store.packs_ended"),      // every pack has its trailer
     std::string_view("store.packs_synced"),     // and is fsynced, under no name

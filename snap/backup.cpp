@@ -77,6 +77,7 @@ Status BackupRun::snapshot(const BackupVm& vm) {
   options.pause_command = vm.pause_command;
   options.pause_command_limit = vm.pause_command_limit;
   options.stall_limit = vm.stall_limit;
+  options.copy_pinned = vm.copy_pinned;
   options.cpus = config_.cpus ? static_cast<unsigned>(*config_.cpus) : default_threads();
   options.memory = config_.memory;
   options.bytes_per_second = config_.bandwidth.value_or(0);

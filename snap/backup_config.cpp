@@ -290,6 +290,7 @@ Result<BackupVm> read_vm(const toml::table& table, const std::string& file) {
   vm.pause_command = VMSNAP_TRY(reader.command("in-pause"));
   vm.pause_command_limit = VMSNAP_TRY(read_pause(reader, "in-pause-limit", vm.pause_command_limit));
   vm.stall_limit = VMSNAP_TRY(read_pause(reader, "stall-limit", vm.stall_limit));
+  vm.copy_pinned = VMSNAP_TRY(reader.boolean("copy-pinned"));
   vm.dedup_domain = VMSNAP_TRY(reader.text("dedup-domain", longest_name));
   if (const Status domain = check_tags({}, vm.dedup_domain); !domain) {
     return reader.fail_key("dedup-domain", domain.error());

@@ -27,6 +27,7 @@ struct BackupVm {
   std::string pause_command;   // empty for none
   std::chrono::seconds pause_command_limit{10};
   std::chrono::seconds stall_limit{10};
+  bool copy_pinned = false;
   std::string dedup_domain;  // empty for the store's own
   // The VM's own, else that of the whole file; none: any age is right.
   std::optional<std::chrono::seconds> max_age;

@@ -152,7 +152,7 @@ void Capture::start() {
   }
 }
 
-Status Capture::finish(const std::function<Status()>& on_progress) {
+Status Capture::wait_copied(const std::function<Status()>& on_progress) {
   bool half_seen = false;
   for (bool finished = false; !finished && !state_->failed();) {
     finished = sweep_.wait_finished(half_seen ? interval : interval / 4);
@@ -163,6 +163,11 @@ Status Capture::finish(const std::function<Status()>& on_progress) {
     }
     if (const Status wanted = on_progress(); !wanted) state_->fail(wanted.error());
   }
+  return state_->status();
+}
+
+Status Capture::finish(const std::function<Status()>& on_progress) {
+  (void)wait_copied(on_progress);  // what failed is asked for when all threads know
   faults_->request_stop();
   fault_thread_.join();
   VMSNAP_CHECK(state_->status());

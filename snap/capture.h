@@ -68,6 +68,9 @@ class Capture {
   // After arm(): the copying begins. As soon as the target runs again, whatever else is
   // to be done then: until there are workers, only the staging takes what it writes to.
   void start();
+  // After start(): returns when nothing is left that the target could change unseen. For
+  // a target that is to stand still until then; `on_progress` as finish().
+  Status wait_copied(const std::function<Status()>& on_progress);
   // After start(). `on_progress` is called some fifty times a second; an error it returns ends
   // the capture.
   Status finish(const std::function<Status()>& on_progress);

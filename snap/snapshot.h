@@ -40,6 +40,9 @@ struct SnapshotOptions {
   std::optional<int> level;       // of zstd; see ImageWriterOptions
   bool deltas = false;            // --delta
   bool keep_huge_pages = true;    // each is copied as a whole while its writer waits
+  // If memory is pinned, all is copied before the VM goes on: what writes unseen must
+  // rest while it stands still.
+  bool copy_pinned = false;
   std::optional<uint64_t> memory; // bytes of ours, see memory_budget.h
   uint64_t bytes_per_second = 0;  // of the image; 0: no limit
 };

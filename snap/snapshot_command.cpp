@@ -212,6 +212,9 @@ void add_snapshot_command(CLI::App& app, CommandContext& context) {
                       "'keep' them whole (default), or 'split' those that are written to")
       ->type_name("keep|split")
       ->check(CLI::IsMember({"keep", "split"}));
+  command->add_flag("--copy-pinned", arguments->options.copy_pinned,
+                    "If memory is pinned, copy all of it while the VM stands still")
+      ->excludes(pid);
   add_delta_option(*command, arguments->options.deltas);
   command->add_option("--level", arguments->options.level, "zstd level (default -1; 5 with --delta)")
       ->type_name("N")

@@ -41,7 +41,7 @@ Result<bool> SnapshotJob::wait_for_restore(const std::vector<MemoryBlock>& block
 Status SnapshotJob::prepare(std::vector<MemoryBlock> blocks, Qmp* qmp, const std::string& name) {
   progress_(SnapshotPhase::preparing, nullptr);
   memory_ = VMSNAP_TRY(map_guest_memory(process_, std::move(blocks)));
-  VMSNAP_CHECK(check_not_pinned(process_));
+  VMSNAP_CHECK(check_pinned(qmp));
   VMSNAP_CHECK(check_not_shared(process_, memory_));
   staging_bytes_ = VMSNAP_TRY(
       staging_within(options_.memory, {.pages = memory_.page_count(),
@@ -56,6 +56,12 @@ Status SnapshotJob::prepare(std::vector<MemoryBlock> blocks, Qmp* qmp, const std
   VMSNAP_TEST_POINT("snapshot.output");
   id_ = output_->image().id();
   return attach(qmp);
+}
+
+Status SnapshotJob::check_pinned(Qmp* qmp) const {
+  if (!options_.copy_pinned) return check_not_pinned(process_);
+  if (!qmp || VMSNAP_TRY(find_pinned(process_)).empty()) return {};
+  return check_no_assigned_devices(*qmp);
 }
 
 Status SnapshotJob::attach(Qmp* qmp) {
@@ -105,20 +111,25 @@ Status SnapshotJob::arm() {
   instant_unix_ms_ = now_unix_ms();
   VMSNAP_CHECK(capture_->arm());
   armed_ = true;
-  return {};
+  if (!options_.copy_pinned || VMSNAP_TRY(find_pinned(process_)).empty()) return {};
+  copied_in_pause_ = true;
+  start_copying();
+  return capture_->wait_copied([this] { return show_copying(); });
+}
+
+Status SnapshotJob::show_copying() const {
+  progress_(SnapshotPhase::copying, &capture_->counters());
+  return check_interrupted();
 }
 
 Result<SnapshotSummary> SnapshotJob::finish(nlohmann::json source,
                                             std::span<const std::byte> device_state) {
   start_copying();
-  VMSNAP_CHECK(capture_->finish([this]() -> Status {
-    progress_(SnapshotPhase::copying, &capture_->counters());
-    return check_interrupted();
-  }));
+  VMSNAP_CHECK(capture_->finish([this] { return show_copying(); }));
   summary_.copy_ms = ms_since(copy_start_);
   ksm_.reset();
   // What came while we copied: a device that was plugged in, a child.
-  VMSNAP_CHECK(check_not_pinned(process_));
+  if (!copied_in_pause_) VMSNAP_CHECK(check_not_pinned(process_));
   if (memory_.has_file()) VMSNAP_CHECK(check_not_shared(process_, memory_));
 
   guard_->committing();

@@ -44,7 +44,7 @@ class SnapshotJob {
   // The target stands still from pause_begins() to pause_ended().
   void pause_begins();
   void pause_ended();
-  // The instant; inside the pause.
+  // The instant; inside the pause. All is copied here if that is wanted.
   Status arm();
 
   // Copies, writes, commits. `source` and `device_state` go into the image.
@@ -54,13 +54,16 @@ class SnapshotJob {
   const std::string& id() const { return id_; }
 
  private:
+  Status check_pinned(Qmp* qmp) const;
   Status attach(Qmp* qmp);
   void start_copying();
+  Status show_copying() const;
 
   const SnapshotOptions& options_;
   const SnapshotProgress& progress_;
   std::chrono::steady_clock::time_point start_, pause_start_, copy_start_;
   bool armed_ = false, copying_ = false;
+  bool copied_in_pause_ = false;
   SnapshotSummary summary_;
   std::string id_;
   int64_t instant_unix_ms_ = 0;

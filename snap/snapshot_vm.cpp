@@ -260,6 +260,7 @@ Result<SnapshotSummary> run(SnapshotJob& job, Qmp& qmp, const SnapshotOptions& o
   VMSNAP_CHECK(pause.check_late_events());
   record.was_running = pause.was_running();
   VMSNAP_CHECK(check_same_blocks(qmp, memory));
+  if (options.copy_pinned) VMSNAP_CHECK(check_no_assigned_devices(qmp));  // plugged in since
   // Others may use the monitor from here on, unless it is to resume the VM yet.
   if (!stay) qmp.close();
   auto summary = job.finish(to_json(record), device_state);

@@ -69,21 +69,40 @@ Result<std::vector<std::string>> writable_disks(Qmp& qmp) {
   return names;
 }
 
-Status check_not_pinned(const Process& process) {
-  const std::string remedy =
-      "Devices and the kernel write through pinned memory unseen. Detach VFIO devices and "
-      "registered io_uring or RDMA buffers before the snapshot.";
+Result<std::string> find_pinned(const Process& process) {
   for (const auto& [number, target] : VMSNAP_TRY(process.descriptors())) {
     if (target.starts_with("/dev/vfio/") || target.starts_with("anon_inode:[vfio") ||
         target == "/dev/iommu") {
-      return refuse(fmt::format("{} uses VFIO (descriptor {} is {})", process.describe(), number, target),
-                    remedy);
+      return fmt::format("{} uses VFIO (descriptor {} is {})", process.describe(), number, target);
     }
   }
   const std::string pinned = VMSNAP_TRY(process.status_field("VmPin"));
   uint64_t kib = 0;
   std::from_chars(pinned.data(), pinned.data() + pinned.size(), kib);
-  if (kib > 0) return refuse(fmt::format("{} has {} KiB of memory pinned", process.describe(), kib), remedy);
+  return kib > 0 ? fmt::format("{} has {} KiB of memory pinned", process.describe(), kib) : std::string();
+}
+
+Status check_not_pinned(const Process& process) {
+  std::string why = VMSNAP_TRY(find_pinned(process));
+  if (why.empty()) return {};
+  return refuse(std::move(why),
+                "Devices and the kernel write through pinned memory unseen. Detach VFIO devices and "
+                "registered io_uring or RDMA buffers before the snapshot; or, if QEMU itself uses them "
+                "and rests when it is stopped, give --copy-pinned.");
+}
+
+Status check_no_assigned_devices(Qmp& qmp) {
+  for (const char* where : {"/machine/peripheral", "/machine/peripheral-anon"}) {
+    const Json devices = VMSNAP_TRY(qmp.execute("qom-list", {{"path", where}}));
+    if (!devices.is_array()) return fail(ErrorCode::vm, "qom-list gave no list");
+    for (const Json& device : devices) {
+      const std::string type = text_of(device, "type");
+      if (!type.starts_with("child<vfio-")) continue;
+      return refuse(fmt::format("device '{}' of the VM is the host's ({})", text_of(device, "name"), type),
+                    "It writes while the VM stands still, and its state would not be in the image. "
+                    "Unplug it before the snapshot.");
+    }
+  }
   return {};
 }
 

@@ -27,9 +27,14 @@ Status check_migration(Qmp& qmp);
 // Names of devices with a writable disk in them (query-block).
 Result<std::vector<std::string>> writable_disks(Qmp& qmp);
 
-// Memory pinned for devices or the kernel: VFIO, RDMA, registered io_uring
-// buffers. Writes through it raise no fault.
+// What pins memory of the process for devices or the kernel, in words: VFIO, RDMA,
+// registered io_uring buffers. Writes through it raise no fault. Empty: nothing does.
+Result<std::string> find_pinned(const Process& process);
 Status check_not_pinned(const Process& process);
+
+// Devices of the host that the guest drives itself (vfio-pci): they go on writing while
+// its processors stand still, and their state is not in what QEMU saves.
+Status check_no_assigned_devices(Qmp& qmp);
 
 // Requests of Linux AIO or io_uring, which write memory behind the back of a
 // process that stands still. For a process, not a VM: QEMU drains its own.

@@ -147,16 +147,17 @@ def read_memory(pid, address, length):
 
 class Qemu(Machine):
     """A guest, under TCG if nothing else is said, started here. `boot` is a list
-    of QEMU arguments that gives it something to run."""
+    of QEMU arguments that gives it something to run; `before` are words before QEMU's
+    name, of a command that becomes QEMU."""
 
     def __init__(self, world, boot, ram="anon", mib=None, extra=(), unprivileged=False,
-                 second_monitor=False, accel="tcg"):
+                 second_monitor=False, accel="tcg", before=()):
         self.folder = world.directory("qemu")
         arguments, default_mib = RAM_KINDS[ram]
         shm = pathlib.Path(f"/dev/shm/{world.folder.name}-{self.folder.name}")
         self.mib = mib or default_mib
         self.log = self.folder / "qemu.log"
-        command = ["qemu-system-x86_64", "-accel", accel, "-m", str(self.mib), "-nodefaults",
+        command = [*before, "qemu-system-x86_64", "-accel", accel, "-m", str(self.mib), "-nodefaults",
                    "-display", "none", "-qmp", f"unix:{self.folder}/qmp.sock,server=on,wait=off",
                    "-serial", f"file:{self.folder}/serial.log",
                    *[word.format(shm=shm) for word in arguments], *boot, *extra]

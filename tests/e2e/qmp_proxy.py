@@ -53,6 +53,8 @@ class Proxy:
     odd      the answer is replaced by an error whose description is no text
     deep     the answer is replaced by half a million arrays within each other
     close    both connections are closed
+
+    Anything but a word is what QEMU answers instead.
     """
 
     def __init__(self, machine, at=None, how=None):
@@ -149,6 +151,8 @@ class Proxy:
         if self.took_effect or (b'"return"' not in data and b'"error"' not in data):
             return data
         self.took_effect = True
+        if not isinstance(self.how, str):
+            return json.dumps({"return": self.how, "id": self._id}).encode() + b"\n"
         if self.how == "garbage":
             return b"\x00\xff{{{ this is not JSON ]]]\n"
         if self.how == "types":

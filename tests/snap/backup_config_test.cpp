@@ -60,6 +60,7 @@ TEST(BackupConfig, TheSmallestHasTheDefaults) {
   EXPECT_EQ(vm.pause_command + vm.dedup_domain, "");
   EXPECT_EQ(vm.pause_command_limit, 10s);
   EXPECT_EQ(vm.stall_limit, 10s);
+  EXPECT_FALSE(vm.copy_pinned);
   EXPECT_FALSE(vm.max_age);
 }
 
@@ -94,6 +95,7 @@ disks = "none"
 in-pause = "lvcreate \t -s"
 in-pause-limit = "5s"
 stall-limit = "1m30s"
+copy-pinned = true
 dedup-domain = "tenant 1"
 max-age = "1h"
 [[vm]]
@@ -128,6 +130,7 @@ qmp = "/run/db.qmp"
   EXPECT_EQ(vm.pause_command, "lvcreate \t -s");
   EXPECT_EQ(vm.pause_command_limit, 5s);
   EXPECT_EQ(vm.stall_limit, 90s);
+  EXPECT_TRUE(vm.copy_pinned);
   EXPECT_EQ(vm.dedup_domain, "tenant 1");
   EXPECT_EQ(vm.max_age, 1h);
   EXPECT_EQ(config.vms[1].max_age, 26h);  // that of the file
@@ -215,7 +218,7 @@ TEST(BackupConfig, WrongTypesAndValues) {
   for (const char* line :
        {"disks = \"all\"", "disks = true", "disks = \"\"", "tags = \"a\"", "tags = [\"\"]",
         "tags = [\"a,b\"]", "tags = [\"a\", 2]", "tags = [\"a\\n\"]", "in-pause = 1",
-        "in-pause-limit = \"25h\"", "in-pause-limit = 10", "stall-limit = \"2d\"", "name = \"\"",
+        "in-pause-limit = \"25h\"", "in-pause-limit = 10", "stall-limit = \"2d\"", "copy-pinned = 1", "name = \"\"",
         "name = \"a\\tb\"", "dedup-domain = [\"a\"]", "max-age = \"1w\""}) {
     const std::string key(line, std::string_view(line).find(' '));
     EXPECT_TRUE(error_in_vm(line).starts_with("backup.toml:6: [[vm]] " + key + ": "))
