@@ -65,9 +65,6 @@ void FaultHandler::run() {
     heartbeat_();
     const int ready = ::poll(watched, std::size(watched), has_staged() ? std::min(lull_ms, idle_ms_) : idle_ms_);
     if (ready < 0 && errno != EINTR) return state_.fail(Error::from_errno(errno, "poll failed"));
-    if (ready > 0 && watched[2].revents) {
-      return state_.fail(Error(ErrorCode::vm, "the VM ended while it was being snapshotted"));
-    }
     if (ready > 0 && watched[0].revents) {
       const auto answered = answer_events();
       if (!answered) return state_.fail(answered.error());
@@ -76,6 +73,9 @@ void FaultHandler::run() {
       if (*answered > 0) continue;
     }
     if (stopping_) break;
+    if (ready > 0 && watched[2].revents) {
+      return state_.fail(Error(ErrorCode::vm, "the VM ended while it was being snapshotted"));
+    }
     if (const Status waited = check_sweeps_wait(); !waited) return state_.fail(waited.error());
     // A lull: what was copied so far can be compressed.
     if (ready == 0) hand_on_staged();
