@@ -210,10 +210,10 @@ Status CaptureState::check_file(const CapturedPiece& piece, uint64_t first_unit,
   return {};
 }
 
-Status CaptureState::release(CapturedPiece& piece, uint64_t first_unit, uint64_t count, bool wake) {
+Status CaptureState::release(CapturedPiece& piece, uint64_t first_unit, uint64_t count) {
   const RemoteRange range = piece.units(first_unit, count);
   for (;;) {
-    const ProtectOutcome outcome = VMSNAP_TRY(uffd.unprotect(range, wake));
+    const ProtectOutcome outcome = VMSNAP_TRY(uffd.unprotect(range));
     if (outcome == ProtectOutcome::no_mapping) return tl::unexpected(discarded(range.start));
     if (outcome == ProtectOutcome::done) break;
     if (failed()) return status();

@@ -151,8 +151,8 @@ class CaptureState {
                std::span<const std::byte> data) const;
   // The error that a discarded page is.
   Error discarded(RemotePtr at) const;
-  // Lets writers in again and wakes who waits, unless the caller will (Uffd::wake).
-  Status release(CapturedPiece& piece, uint64_t first_unit, uint64_t count, bool wake = true);
+  // Lets writers in again and wakes who waits.
+  Status release(CapturedPiece& piece, uint64_t first_unit, uint64_t count);
 
  private:
   Status copy_private_of_file(const CapturedPiece& piece, uint64_t first_unit, uint64_t offset,

@@ -23,7 +23,7 @@ constexpr int longest_idle_ms = 200;  // between an idle handler's signs of life
 constexpr int lull_ms = 20;   // how long pages wait for company on their way to a compressor
 constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
 constexpr std::chrono::microseconds early_wait{20};
-constexpr uint64_t between_follows = 128;  // writers woken; to look where one is takes 10 us
+constexpr uint64_t between_follows = 128;  // events; to look where one is takes 10 us
 // Pages. To copy eight takes 4 us longer than to copy one, which only pays for a
 // guest that goes on writing near by: where another write to the region has waited.
 constexpr uint64_t neighbours = 8;
@@ -93,21 +93,14 @@ void FaultHandler::hand_on_staged() {
   flush();
 }
 
-// `arming` is let go before anybody is woken: the kernel likes to give the woken the
-// waker's processor.
 Result<size_t> FaultHandler::answer_events() {
   if (state_.early_writes_wait && !at_instant_) std::this_thread::sleep_for(early_wait);
   std::unique_lock lock(state_.arming);
   at_instant_ = state_.armed;
   const auto events = VMSNAP_TRY(at_instant_ ? state_.uffd.read_events(1) : state_.uffd.read_events());
-  RemoteRange waiting;
-  for (const UffdEvent& event : events) waiting = VMSNAP_TRY(handle(event));
+  for (const UffdEvent& event : events) VMSNAP_CHECK(handle(event));
   lock.unlock();
-  if (waiting.length > 0) {
-    VMSNAP_CHECK(state_.uffd.wake(waiting));
-    ++state_.writers_woken;
-    follow(events.back().thread);
-  }
+  if (at_instant_ && !events.empty()) follow(events[0].thread);
   return events.size();
 }
 
@@ -116,25 +109,22 @@ Result<size_t> FaultHandler::answer_events() {
 // first, or one that is idle must be woken (60 us instead of 10 on two processors of a
 // virtual machine), and the scheduler likes to leave threads where they are.
 void FaultHandler::follow(pid_t writer) {
-  if (writer == 0 || ++woken_ % between_follows != 0) return;
+  if (writer == 0 || ++answered_ % between_follows != 0) return;
   const auto processor = state_.process.last_processor(writer);
   if (processor && *processor != ::sched_getcpu()) move_to(*processor);
 }
 
-// Where somebody is to be woken still; empty: nowhere.
-Result<RemoteRange> FaultHandler::handle(const UffdEvent& event) {
+Status FaultHandler::handle(const UffdEvent& event) {
   CapturedPiece* piece = state_.find(event.address);
   if (!piece) return fail(ErrorCode::vm, "a fault outside the captured memory at {:#x}", event.address.address());
   const uint64_t unit = piece->unit_of(event.address);
   switch (event.kind) {
     case UffdEvent::Kind::write_protect:
       if (state_.armed) return handle_write(*piece, unit);
-      VMSNAP_CHECK(let_through(*piece, unit));
-      break;
-    case UffdEvent::Kind::missing: VMSNAP_CHECK(handle_missing(*piece, unit)); break;
-    default: break;  // not asked for at UFFDIO_API
+      return let_through(*piece, unit);
+    case UffdEvent::Kind::missing: return handle_missing(*piece, unit);
+    default: return {};  // not asked for at UFFDIO_API
   }
-  return RemoteRange{};
 }
 
 // The instant is not yet: whoever writes shall write.
@@ -149,34 +139,29 @@ Status FaultHandler::let_through(CapturedPiece& piece, uint64_t unit) {
   return state_.release(piece, free.first, free.end - free.first);
 }
 
-Result<RemoteRange> FaultHandler::handle_write(CapturedPiece& piece, uint64_t unit) {
+Status FaultHandler::handle_write(CapturedPiece& piece, uint64_t unit) {
   const auto start = Clock::now();
   ++state_.counters.write_faults;
   VMSNAP_TEST_POINT("copy.fault");
   if (state_.first_written.size() < CaptureState::max_first_written) {
     state_.first_written.push_back(piece.page_of(unit));
   }
-  RemoteRange waiting = piece.units(unit, 1);
   switch (piece.states.get(unit)) {
-    case UnitState::zero: VMSNAP_CHECK(state_.release(piece, unit, 1, /*wake=*/false)); break;
+    case UnitState::zero: VMSNAP_CHECK(state_.release(piece, unit, 1)); break;
     case UnitState::armed:
-      if (piece.piece.unit_bytes == page_size) {
-        waiting = VMSNAP_TRY(copy_pages(piece, unit));
-      } else {
-        VMSNAP_CHECK(copy_large_unit(piece, unit));
-      }
+      VMSNAP_CHECK(piece.piece.unit_bytes == page_size ? copy_pages(piece, unit) : copy_large_unit(piece, unit));
       break;
     case UnitState::claimed:  // by the sweep, which wakes the writer when it frees the page
-      waiting = {};
-      ++state_.writers_woken;  // it will have been, when the sweep looks at this
       if (!sweeps_.piece) sweeps_ = {&piece, unit, start};
       break;
     case UnitState::done:  // copied and freed since the event was raised: only the wake-up is owed.
       // To free the page alone once more would split a huge page.
+      VMSNAP_CHECK(state_.uffd.wake(piece.units(unit, 1)));
       break;
   }
+  ++state_.writers_woken;
   state_.counters.fault_latency.add(Clock::now() - start);
-  return waiting;
+  return {};
 }
 
 uint64_t FaultHandler::Ahead::at(uint64_t page, uint64_t limit) {
@@ -209,11 +194,10 @@ CapturedPiece::Window FaultHandler::around(const CapturedPiece& piece, uint64_t 
   return {first, last};
 }
 
-Result<RemoteRange> FaultHandler::copy_pages(CapturedPiece& piece, uint64_t unit) {
+Status FaultHandler::copy_pages(CapturedPiece& piece, uint64_t unit) {
   const CapturedPiece::Window window = around(piece, unit);
   Chunk* chunk = VMSNAP_TRY(chunk_with_room(window.end - window.first));
-  VMSNAP_CHECK(copy_window(state_, piece, window.first, window.end, *chunk, /*wake=*/false));
-  return piece.units(window.first, window.end - window.first);
+  return copy_window(state_, piece, window.first, window.end, *chunk);
 }
 
 Status FaultHandler::copy_large_unit(CapturedPiece& piece, uint64_t unit) {
@@ -225,7 +209,7 @@ Status FaultHandler::copy_large_unit(CapturedPiece& piece, uint64_t unit) {
     VMSNAP_CHECK(state_.copy(piece, unit, offset, to));
     offset += bytes;
   }
-  return free_large_unit(state_, piece, unit, /*wake=*/false);
+  return free_large_unit(state_, piece, unit);
 }
 
 // An absent page of shared memory was touched. Filled with zeros, as the

@@ -39,13 +39,13 @@ class FaultHandler {
 
  private:
   void follow(pid_t writer);
-  Result<RemoteRange> handle(const UffdEvent& event);
+  Status handle(const UffdEvent& event);
   Status let_through(CapturedPiece& piece, uint64_t unit);
-  Result<RemoteRange> handle_write(CapturedPiece& piece, uint64_t unit);
+  Status handle_write(CapturedPiece& piece, uint64_t unit);
   Status handle_missing(CapturedPiece& piece, uint64_t unit);
   bool is_near_recent(uint64_t page);
   CapturedPiece::Window around(const CapturedPiece& piece, uint64_t unit);
-  Result<RemoteRange> copy_pages(CapturedPiece& piece, uint64_t unit);
+  Status copy_pages(CapturedPiece& piece, uint64_t unit);
   Status copy_large_unit(CapturedPiece& piece, uint64_t unit);
   Result<Chunk*> chunk_with_room(size_t pages);
   tl::unexpected<Error> stalled() const;
@@ -75,7 +75,7 @@ class FaultHandler {
   Fd stop_;  // eventfd
   std::atomic<bool> stopping_ = false;
   bool at_instant_ = false;       // the instant has been, as of the last events
-  uint64_t woken_ = 0;            // writers
+  uint64_t answered_ = 0;         // events, since the instant
   // A unit that the sweep had claimed when a writer came, null if there is none,
   // and since when the writer waits.
   struct SweepsWait {

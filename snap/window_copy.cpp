@@ -27,7 +27,7 @@ std::vector<Run> claim_runs(UnitStates& states, uint64_t first, uint64_t end) {
 // Frees the copied runs of one window. In one call where nobody else is at
 // work in it, because that leaves a huge page whole; says whether it was.
 Result<bool> release_runs(CaptureState& state, CapturedPiece& piece, uint64_t first, uint64_t end,
-                          const std::vector<Run>& runs, bool wake) {
+                          const std::vector<Run>& runs) {
   uint64_t ours = 0, others = 0;
   for (const Run& run : runs) ours += run.count;
   for (uint64_t unit = first; unit < end; ++unit) {
@@ -36,9 +36,9 @@ Result<bool> release_runs(CaptureState& state, CapturedPiece& piece, uint64_t fi
   }
   const bool at_once = others == ours;
   if (at_once) {
-    VMSNAP_CHECK(state.release(piece, first, end - first, wake));
+    VMSNAP_CHECK(state.release(piece, first, end - first));
   } else {
-    for (const Run& run : runs) VMSNAP_CHECK(state.release(piece, run.first, run.count, wake));
+    for (const Run& run : runs) VMSNAP_CHECK(state.release(piece, run.first, run.count));
   }
   for (const Run& run : runs) {
     for (uint64_t unit = run.first; unit < run.first + run.count; ++unit) {
@@ -51,7 +51,7 @@ Result<bool> release_runs(CaptureState& state, CapturedPiece& piece, uint64_t fi
 }  // namespace
 
 Status copy_window(CaptureState& state, CapturedPiece& piece, uint64_t first, uint64_t end,
-                   Chunk& chunk, bool wake) {
+                   Chunk& chunk) {
   const std::vector<Run> runs = claim_runs(piece.states, first, end);
   if (runs.empty()) return {};
   uint64_t pages = 0;
@@ -61,7 +61,7 @@ Status copy_window(CaptureState& state, CapturedPiece& piece, uint64_t first, ui
     VMSNAP_CHECK(state.check(piece, run.first, run.count, to));
     pages += run.count;
   }
-  const bool at_once = VMSNAP_TRY(release_runs(state, piece, first, end, runs, wake));
+  const bool at_once = VMSNAP_TRY(release_runs(state, piece, first, end, runs));
   const CapturedPiece::Window window = piece.window(first);
   if (piece.is_huge(first) && (!at_once || first != window.first || end != window.end)) {
     state.note_split(piece.units(window.first, 1).start);
@@ -70,9 +70,9 @@ Status copy_window(CaptureState& state, CapturedPiece& piece, uint64_t first, ui
   return {};
 }
 
-Status free_large_unit(CaptureState& state, CapturedPiece& piece, uint64_t unit, bool wake) {
+Status free_large_unit(CaptureState& state, CapturedPiece& piece, uint64_t unit) {
   VMSNAP_CHECK(state.check(piece, unit, 1, {}));
-  VMSNAP_CHECK(state.release(piece, unit, 1, wake));
+  VMSNAP_CHECK(state.release(piece, unit, 1));
   piece.states.set(unit, UnitState::done);
   state.counters.copied_pages += piece.unit_pages();
   return {};

@@ -151,8 +151,8 @@ Result<ProtectOutcome> Uffd::write_protect(RemoteRange range) const {
   return change_protection(fd(), range, UFFDIO_WRITEPROTECT_MODE_WP);
 }
 
-Result<ProtectOutcome> Uffd::unprotect(RemoteRange range, bool wake_waiters) const {
-  return change_protection(fd(), range, wake_waiters ? 0 : UFFDIO_WRITEPROTECT_MODE_DONTWAKE);
+Result<ProtectOutcome> Uffd::unprotect(RemoteRange range) const {
+  return change_protection(fd(), range, 0);
 }
 
 static_assert(Uffd::message_bytes == sizeof(uffd_msg));

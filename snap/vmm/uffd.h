@@ -86,10 +86,9 @@ class Uffd {
   // Whoever waits in it goes on.
   Status unregister_range(RemoteRange range) const;
 
-  // Sets or clears the write protection of whole pages; clearing wakes waiters,
-  // unless wake() will.
+  // Sets or clears the write protection of whole pages; clearing wakes waiters.
   Result<ProtectOutcome> write_protect(RemoteRange range) const;
-  Result<ProtectOutcome> unprotect(RemoteRange range, bool wake = true) const;
+  Result<ProtectOutcome> unprotect(RemoteRange range) const;
 
   // Up to `limit` events, without waiting: empty when none is there. The
   // descriptor must be O_NONBLOCK. (Since Linux 6.9 it does not wait either
