@@ -49,6 +49,7 @@ class CloneStarter {
   Status start_all();
   void remove_unused_farm();
   Status prepare();
+  Result<bool> join_farm();
   Status join_or_make_farm();
   Status launch(const std::string& name);
   enum class Until { loaded, running };
@@ -85,16 +86,24 @@ Status CloneStarter::prepare() {
   return {};
 }
 
+// False: nobody listens.
+Result<bool> CloneStarter::join_farm() {
+  auto joined = connect_for_messages(farm_->socket());
+  if (!joined) return false;
+  connection_ = *std::move(joined);
+  if (VMSNAP_TRY(farm_->read()).image_id == image_->info().id) return true;
+  return tl::unexpected(
+      Error(ErrorCode::exists, fmt::format("the clones in {} are of another image", farm_->path()))
+          .with_remedy("Choose another --run-dir."));
+}
+
 Status CloneStarter::join_or_make_farm() {
   farm_ = std::make_unique<FarmDir>(VMSNAP_TRY(FarmDir::make(options_.vm.run_dir, &made_farm_)));
-  if (auto joined = connect_for_messages(farm_->socket())) {
-    connection_ = *std::move(joined);
-    if (VMSNAP_TRY(farm_->read()).image_id == image_->info().id) return {};
-    return tl::unexpected(
-        Error(ErrorCode::exists, fmt::format("the clones in {} are of another image", farm_->path()))
-            .with_remedy("Choose another --run-dir."));
-  }
-  FarmSetup setup = {*farm_, VMSNAP_TRY(farm_->lock()), {}, *image_,
+  if (VMSNAP_TRY(join_farm())) return {};
+  // A keeper holds the lock for a moment longer than it listens, and before it does.
+  auto lock = farm_->lock(takeover_patience);
+  if (!lock && VMSNAP_TRY(join_farm())) return {};
+  FarmSetup setup = {*farm_, VMSNAP_TRY(std::move(lock)), {}, *image_,
                      VMSNAP_TRY(SharedMemory::create(image_->page_count()))};
   for (const std::string& name : farm_->clones()) {
     if (!lives(*farm_, name)) continue;

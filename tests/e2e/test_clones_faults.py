@@ -1,5 +1,6 @@
 """Clones when something fails: page servers killed, pages damaged, nonsense sent."""
 
+import fcntl
 import json
 import os
 import random
@@ -39,6 +40,19 @@ def test_what_cannot_start_leaves_its_number_free(world):
     for clone in (one, two):
         clone.wait_for_progress()
         victims.check_ordered_live(world, clone)
+    farm.stop()
+    farm.assert_gone()
+
+
+def test_a_keeper_that_is_about_to_end_is_waited_for(world):
+    """It holds its lock for a moment after it has stopped to listen."""
+    farm = farms.Farm(world, farms.ordered_image(world))
+    farm.dir.mkdir()
+    held = open(farm.dir / "lock", "w", encoding="ascii")
+    fcntl.lockf(held, fcntl.LOCK_EX)
+    threading.Timer(0.5, held.close).start()
+    (clone,) = farm.add(1)
+    clone.wait_for_progress()
     farm.stop()
     farm.assert_gone()
 
