@@ -58,10 +58,8 @@ void prefer_this_thread() {
 void move_to(int processor) {
   cpu_set_t allowed, one;
   CPU_ZERO(&one);
-  if (::sched_getaffinity(0, sizeof allowed, &allowed) < 0 || processor >= CPU_SETSIZE ||
-      !CPU_ISSET(processor, &allowed)) {
-    return;
-  }
+  if (processor < 0 || processor >= CPU_SETSIZE) return;
+  if (::sched_getaffinity(0, sizeof allowed, &allowed) < 0 || !CPU_ISSET(processor, &allowed)) return;
   CPU_SET(processor, &one);
   if (::sched_setaffinity(0, sizeof one, &one) == 0) (void)::sched_setaffinity(0, sizeof allowed, &allowed);
 }
