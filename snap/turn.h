@@ -16,9 +16,9 @@ class Turn {
  public:
   explicit Turn(const CaptureState& state) : state_(state) {}
 
-  // To be called every few microseconds of work. Yields if a writer has been let go since
-  // the last call, or if a write waits to be answered: either may have this processor
-  // next (sched_yield(2)).
+  // To be called every few microseconds of work; looks some twenty times a millisecond.
+  // Yields if a writer has been let go since it looked last, or if a write waits to be
+  // answered: either may have this processor next (sched_yield(2)).
   void end_if_wanted();
 
  private:
