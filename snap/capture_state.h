@@ -60,8 +60,6 @@ struct CapturedPiece {
   bool is_huge(uint64_t unit) const { return !huge_.empty() && huge_[window_index(unit)]; }
   // The same, after the instant, and nothing of it has been copied alone.
   bool is_whole(uint64_t unit) const;
-  // Whether any window of the piece is.
-  bool has_huge() const { return !huge_.empty(); }
   void note_huge(uint64_t first_unit, uint64_t count);
 
   uint64_t unit_pages() const { return piece.unit_bytes / page_size; }

@@ -88,7 +88,8 @@ class FaultHandler {
   SweepsWait sweeps_;
   Chunk* chunk_ = nullptr;        // being filled
   Ahead early_, ahead_;
-  // Where writes have waited lately: a page of each region, and the last of them.
+  // Regions of region_pages in which writes have waited lately, each in the place that
+  // its number gives it, where the next takes its place.
   std::array<uint64_t, 64> recent_regions_;
   std::optional<ZeroMemory> zeros_;  // one hugetlb page, of the largest unit; made when first needed
 };

@@ -34,7 +34,7 @@ Result<std::unique_ptr<Staging>> Staging::create(uint64_t bytes) {
 
 void Staging::populate(uint64_t bytes) {
   std::lock_guard lock(mutex_);
-  const size_t count = std::min<uint64_t>(empty_.size() - empty_.size() / 4, bytes / (Chunk::capacity * page_size));
+  const size_t count = std::min<uint64_t>(empty_.size() - reserve(), bytes / (Chunk::capacity * page_size));
   // From the back: the last is taken first.
   for (size_t i = 1; i <= count; ++i) empty_[empty_.size() - i]->populate();
 }
@@ -59,7 +59,7 @@ void Staging::give_back(Chunk* chunk) {
 
 bool Staging::has_plenty() {
   std::lock_guard lock(mutex_);
-  return empty_.size() > chunks_.size() / 4;
+  return empty_.size() > reserve();
 }
 
 void Staging::hand_on(Chunk* full) {

@@ -82,6 +82,8 @@ class Staging {
 
  private:
   Staging() = default;
+  // So many are kept back when there is plenty.
+  size_t reserve() const { return chunks_.size() / 4; }
 
   std::vector<Chunk> chunks_;
 

@@ -32,7 +32,7 @@ class LowerPriority {
   const int before_;
 };
 
-// While this lives, somebody waits for what the calling thread holds, a lock or a
+// While this lives, somebody waits for what the calling thread holds, a
 // page: none may take the processor from it, not even the guest. For as long as a
 // few pages or a huge one take to copy.
 class HigherPriority {
