@@ -24,8 +24,8 @@ def traced_threads(pid):
     for task in os.listdir(f"/proc/{pid}/task"):
         try:
             status = pathlib.Path(f"/proc/{pid}/task/{task}/status").read_text()
-        except FileNotFoundError:
-            continue
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # the thread has ended
         tracer = re.search(r"TracerPid:\s*(\d+)", status).group(1)
         state = re.search(r"State:\s*(\S)", status).group(1)
         if tracer != "0" or state in "tT":
@@ -86,13 +86,20 @@ def assert_unprivileged(pid, kept=0):
     """No thread of it has a capability but those, nor can get one."""
     own = pathlib.Path(f"/proc/{pid}/status")
     harness.wait_until(lambda: "NoNewPrivs:\t1" in own.read_text(), f"{pid} to begin to serve")
+    looked_at = 0
     for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
-        status = dict(re.findall(r"^(\w+):\s*(\S+)", (task / "status").read_text(), re.M))
+        try:
+            text = (task / "status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # the thread has ended
+        looked_at += 1
+        status = dict(re.findall(r"^(\w+):\s*(\S+)", text, re.M))
         for name in ("CapEff", "CapPrm", "CapBnd"):
             assert int(status[name], 16) == kept, f"{name} of {task}: {status[name]}"
         for name in ("CapInh", "CapAmb"):
             assert int(status[name], 16) == 0, f"{name} of {task}: {status[name]}"
         assert status["NoNewPrivs"] == "1"
+    assert looked_at, f"no thread of {pid} could be looked at"
 
 
 def assert_only(folder, *names):
