@@ -14,6 +14,7 @@ namespace vmsnap {
 namespace {
 
 constexpr std::chrono::milliseconds interval{20};  // of progress
+constexpr std::chrono::milliseconds short_interval{5};  // the same, while writers may wait
 constexpr std::chrono::milliseconds pace_step{20};  // how soon a paced worker sees what was staged
 
 }  // namespace
@@ -100,13 +101,14 @@ Status Capture::begin(const std::function<Status()>& on_progress) {
   return state_->status();
 }
 
-// The staging is populated meanwhile: a writer that waits must not wait for that. Of a
-// small VM not all of it, which takes longer than to protect the VM.
+// The staging is populated meanwhile: a writer that waits must not wait for that. No
+// longer than it takes to protect the VM, because early writers wait as well.
 Status Capture::arm_ahead(const std::function<Status()>& on_progress) {
-  uint64_t bytes = 0;
-  for (const auto& piece : state_->pieces) bytes += piece->piece.range.length;
-  const auto populated = start_async([&]() noexcept { state_->staging->populate(bytes / 8); });
-  return arming_->ahead(on_progress);
+  std::atomic<bool> enough = false;
+  const auto populated = start_async([&]() noexcept { state_->staging->populate(enough); });
+  const Status armed = arming_->ahead(on_progress);
+  enough = true;
+  return armed;
 }
 
 Status Capture::watch(const MemoryPiece& piece) {
@@ -155,7 +157,8 @@ void Capture::start() {
 Status Capture::wait_copied(const std::function<Status()>& on_progress) {
   bool half_seen = false;
   for (bool finished = false; !finished && !state_->failed();) {
-    finished = sweep_.wait_finished(half_seen ? interval : interval / 4);
+    finished = sweep_.wait_finished(short_interval);
+    faults_->follow_writer();
     // Also when the other half took less time than we waited.
     if (!half_seen && state_->counters.copied_pages * 2 >= state_->counters.armed_pages) {
       half_seen = true;

@@ -32,13 +32,19 @@ class FaultHandler {
   void run();
   void request_stop();
 
+  // Lets run() go where the last writer runs. Of another thread, now and then; reads
+  // a file in /proc.
+  void follow_writer();
+
   // Answers what waits now, and returns how many events that were; from the
   // instant on one at most. Of run(), or of one thread instead of it; waits for the
   // disk if the staging is full.
   Result<size_t> answer_events();
 
  private:
-  void follow(pid_t writer);
+  Status answer_until_instant();
+  Status answer_from_instant();
+  Status look_around();
   Status handle(const UffdEvent& event);
   Status let_through(CapturedPiece& piece, uint64_t unit);
   Status handle_write(CapturedPiece& piece, uint64_t unit);
@@ -74,8 +80,10 @@ class FaultHandler {
   std::function<void()> heartbeat_;
   Fd stop_;  // eventfd
   std::atomic<bool> stopping_ = false;
+  std::atomic<pid_t> thread_ = 0;     // of run()
+  std::atomic<int> processor_ = 0;    // where that was at the last event
+  std::atomic<pid_t> last_writer_ = 0;  // 0: none since follow_writer()
   bool at_instant_ = false;       // the instant has been, as of the last events
-  uint64_t answered_ = 0;         // events, since the instant
   // A unit that the sweep had claimed when a writer came, null if there is none,
   // and since when the writer waits.
   struct SweepsWait {
@@ -84,7 +92,7 @@ class FaultHandler {
     std::chrono::steady_clock::time_point since = {};
   };
 
-  // Under CaptureState::arming:
+  // Under CaptureState::arming until the instant, then of run() alone:
   SweepsWait sweeps_;
   Chunk* chunk_ = nullptr;        // being filled
   Ahead early_, ahead_;

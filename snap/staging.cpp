@@ -32,11 +32,10 @@ Result<std::unique_ptr<Staging>> Staging::create(uint64_t bytes) {
   return staging;
 }
 
-void Staging::populate(uint64_t bytes) {
+void Staging::populate(const std::atomic<bool>& enough) {
   std::lock_guard lock(mutex_);
-  const size_t count = std::min<uint64_t>(empty_.size() - reserve(), bytes / (Chunk::capacity * page_size));
   // From the back: the last is taken first.
-  for (size_t i = 1; i <= count; ++i) empty_[empty_.size() - i]->populate();
+  for (size_t left = empty_.size(); left > reserve() && !enough; --left) empty_[left - 1]->populate();
 }
 
 Chunk* Staging::take_empty(std::chrono::milliseconds limit) {

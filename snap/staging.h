@@ -7,6 +7,7 @@
 // When none is empty, faults wait: memory of ours never grows.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -57,10 +58,10 @@ class Staging {
   // `bytes` of staging, at least 8 MiB.
   static Result<std::unique_ptr<Staging>> create(uint64_t bytes);
 
-  // Takes the memory of what plenty is, `bytes` at most, so that no writer waits for
-  // the kernel to find it: that takes longer than to copy a huge page. Before any
-  // chunk is taken.
-  void populate(uint64_t bytes);
+  // Takes the memory of what plenty is, so that no writer waits for the kernel to find
+  // it: that takes longer than to copy a huge page. Until `enough` says so, which may be
+  // set meanwhile. Before any chunk is taken.
+  void populate(const std::atomic<bool>& enough);
 
   // An empty chunk; waits for one up to `limit`. Null after abort() or when the
   // time is over.

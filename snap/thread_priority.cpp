@@ -55,13 +55,14 @@ void prefer_this_thread() {
   schedule_as_batch(0);
 }
 
-void move_to(int processor) {
+void move_to(pid_t thread, int processor) {
   cpu_set_t allowed, one;
   CPU_ZERO(&one);
   if (processor < 0 || processor >= CPU_SETSIZE) return;
-  if (::sched_getaffinity(0, sizeof allowed, &allowed) < 0 || !CPU_ISSET(processor, &allowed)) return;
+  if (::sched_getaffinity(thread, sizeof allowed, &allowed) < 0 || !CPU_ISSET(processor, &allowed)) return;
   CPU_SET(processor, &one);
-  if (::sched_setaffinity(0, sizeof one, &one) == 0) (void)::sched_setaffinity(0, sizeof allowed, &allowed);
+  if (::sched_setaffinity(thread, sizeof one, &one) < 0) return;
+  (void)::sched_setaffinity(thread, sizeof allowed, &allowed);
 }
 
 void take_short_turns() {

@@ -5,14 +5,17 @@
 // changed unless we are root.
 #pragma once
 
+#include <sys/types.h>
+
 namespace vmsnap {
 
 // The calling thread answers those who wait: it is the first to get a processor
 // that is free.
 void prefer_this_thread();
 
-// Moves the calling thread to a processor, if it may run there; not for good.
-void move_to(int processor);
+// Moves a thread of ours to a processor, if it may run there; not for good. From
+// another thread, because that takes as long as to answer two writes.
+void move_to(pid_t thread, int processor);
 
 // The calling thread has much to do: it asks for short turns on a processor, so
 // that whoever wakes up there waits for a tenth of a millisecond, not for three

@@ -14,6 +14,10 @@ constexpr std::chrono::microseconds between_looks{50};
 
 }  // namespace
 
+Turn::Turn(const CaptureState& state) : state_(state) {
+  if (auto queue = UffdQueue::open(state.uffd)) queue_ = *std::move(queue);
+}
+
 void Turn::end_if_wanted() {
   if (is_wanted()) ::sched_yield();
 }
@@ -23,7 +27,7 @@ bool Turn::is_wanted() {
   if (now - looked_ < between_looks) return false;
   looked_ = now;
   const uint64_t woken = state_.writers_woken;
-  return woken != std::exchange(woken_seen_, woken) || state_.uffd.has_events();
+  return woken != std::exchange(woken_seen_, woken) || (queue_ && queue_->has_events());
 }
 
 }  // namespace vmsnap

@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <optional>
 
 #include "snap/capture_state.h"
 
@@ -14,7 +15,7 @@ namespace vmsnap {
 
 class Turn {
  public:
-  explicit Turn(const CaptureState& state) : state_(state) {}
+  explicit Turn(const CaptureState& state);
 
   // To be called every few microseconds of work; looks some twenty times a millisecond.
   // Yields if a writer has been let go since it looked last, or if a write waits to be
@@ -25,6 +26,7 @@ class Turn {
   bool is_wanted();
 
   const CaptureState& state_;
+  std::optional<UffdQueue> queue_;  // none if /proc does not show it
   uint64_t woken_seen_ = 0;
   std::chrono::steady_clock::time_point looked_;
 };

@@ -105,11 +105,18 @@ Result<Uffd> Uffd::initialize(Fd fd, uint64_t features) {
   return Uffd(std::move(fd));
 }
 
-Status Uffd::make_nonblocking() const {
-  const int flags = ::fcntl(fd(), F_GETFL);
-  if (flags >= 0 && ::fcntl(fd(), F_SETFL, flags | O_NONBLOCK) == 0) return {};
-  return fail_errno(errno, "cannot make the userfaultfd non-blocking");
+namespace {
+
+Status set_flag(int fd, int flag, bool on) {
+  const int flags = ::fcntl(fd, F_GETFL);
+  if (flags >= 0 && ::fcntl(fd, F_SETFL, on ? flags | flag : flags & ~flag) == 0) return {};
+  return fail_errno(errno, "cannot make a userfaultfd {}blocking", on ? "non-" : "");
 }
+
+}  // namespace
+
+Status Uffd::make_nonblocking() const { return set_flag(fd(), O_NONBLOCK, true); }
+Status Uffd::make_blocking() const { return set_flag(fd(), O_NONBLOCK, false); }
 
 Result<RegisterOutcome> Uffd::register_range(RemoteRange range, RegisterMode mode) const {
   uffdio_register request = {};
@@ -182,9 +189,28 @@ Result<std::span<const std::byte>> Uffd::read_messages(std::span<std::byte> buff
   return messages;
 }
 
-bool Uffd::has_events() const {
-  pollfd waiting = {fd(), POLLIN, 0};
-  return ::poll(&waiting, 1, 0) > 0 && (waiting.revents & POLLIN);
+Result<std::optional<UffdEvent>> Uffd::wait_for_event() const {
+  std::array<std::byte, message_bytes> message;
+  const ssize_t got = ::read(fd(), message.data(), message.size());
+  if (got < 0 && errno == EINTR) return std::nullopt;
+  if (got < 0) return fail_errno(errno, "cannot read the events of a userfaultfd");
+  const auto events = parse_messages(std::span(message).first(static_cast<size_t>(got)));
+  return events.empty() ? std::nullopt : std::optional(events[0]);
+}
+
+Result<UffdQueue> UffdQueue::open(const Uffd& uffd) {
+  UffdQueue queue;
+  queue.info_ = VMSNAP_TRY(open_file(fmt::format("/proc/self/fdinfo/{}", uffd.fd()), O_RDONLY));
+  return queue;
+}
+
+bool UffdQueue::has_events() const {
+  constexpr std::string_view name = "pending:\t";
+  std::array<char, 512> text;
+  const ssize_t got = ::pread(info_.get(), text.data(), text.size(), 0);
+  const std::string_view lines(text.data(), got > 0 ? static_cast<size_t>(got) : 0);
+  const size_t at = lines.find(name);
+  return at != std::string_view::npos && at + name.size() < lines.size() && lines[at + name.size()] != '0';
 }
 
 std::vector<UffdEvent> Uffd::parse_messages(std::span<const std::byte> messages) {

@@ -73,8 +73,9 @@ class Uffd {
   static Result<uint64_t> kernel_features();
 
   // Whoever polls needs it: poll(2) on a blocking userfaultfd only ever says
-  // POLLERR.
+  // POLLERR. Both of all descriptors that were duplicated from this one.
   Status make_nonblocking() const;
+  Status make_blocking() const;
 
   int fd() const { return fd_.get(); }
   explicit operator bool() const { return static_cast<bool>(fd_); }
@@ -95,8 +96,9 @@ class Uffd {
   // when another process that has the descriptor takes O_NONBLOCK away.)
   Result<std::vector<UffdEvent>> read_events(size_t limit = 64) const;
 
-  // Whether read_events() would find one.
-  bool has_events() const;
+  // Waits for one event, in read(2) itself; none if a signal came instead. The
+  // descriptor must be a blocking one.
+  Result<std::optional<UffdEvent>> wait_for_event() const;
 
   // The same in two steps, for who must not lose an event that was read when
   // it is killed: the kernel writes the messages into `buffer` (a multiple of
@@ -125,6 +127,18 @@ class Uffd {
  private:
   explicit Uffd(Fd fd) : fd_(std::move(fd)) {}
   Fd fd_;
+};
+
+// Whether faults wait to be read, also of a blocking userfaultfd, which poll(2) does
+// not tell: from /proc/self/fdinfo (userfaultfd_show_fdinfo() of Linux's
+// fs/userfaultfd.c), which takes 0.6 us. Of one thread.
+class UffdQueue {
+ public:
+  static Result<UffdQueue> open(const Uffd& uffd);
+  bool has_events() const;
+
+ private:
+  Fd info_;
 };
 
 // Whether a descriptor that somebody gave us is a userfaultfd at all.

@@ -2,6 +2,7 @@
 #include "snap/fault_handler.h"
 
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <sys/mman.h>
 
 #include <atomic>
@@ -52,14 +53,15 @@ class FaultHandlerTest : public ::testing::Test {
     ASSERT_EQ(*state_->uffd.write_protect(range), ProtectOutcome::done);
     for (uint64_t page = 0; page < victim_pages; ++page) state_->pieces[0]->states.set(page, UnitState::armed);
     state_->armed = true;
-    handler_ = std::make_unique<FaultHandler>(*state_, true, 10s, [] {});
+    queue_ = *UffdQueue::open(state_->uffd);
+    handler_ = std::make_unique<FaultHandler>(*state_, true, 10s, [this] { ++beats_; });
     ASSERT_TRUE(handler_->prepare());
   }
 
   // Returns when the victim waits for its write.
   void write(int page) {
     talk_->write_to = page;
-    ASSERT_TRUE(becomes_true([&] { return state_->uffd.has_events(); }));
+    ASSERT_TRUE(becomes_true([&] { return queue_->has_events(); }));
   }
   bool written() const { return talk_->write_to == -1; }
 
@@ -76,6 +78,8 @@ class FaultHandlerTest : public ::testing::Test {
   Process process_ = victim_.process();
   GuestMemory memory_;
   std::unique_ptr<CaptureState> state_;
+  std::optional<UffdQueue> queue_;
+  std::atomic<int> beats_ = 0;
   std::unique_ptr<FaultHandler> handler_;
 };
 
@@ -96,6 +100,34 @@ TEST_F(FaultHandlerTest, CopiesBeforeTheWriterGoesOn) {
   EXPECT_TRUE(becomes_true([&] { return written(); }));
   EXPECT_TRUE(state_->status());
   EXPECT_EQ(staged(), (std::vector<uint64_t>{3, 40}));
+}
+
+// Where it waits for the next write, it is told when to look around.
+TEST_F(FaultHandlerTest, WaitsWithoutLosingSight) {
+  std::thread runs([this] { handler_->run(); });
+  for (const int page : {3, 100}) {
+    talk_->write_to = page;
+    EXPECT_TRUE(becomes_true([&] { return written(); }));
+    handler_->follow_writer();
+    const int before = beats_;
+    EXPECT_TRUE(becomes_true([&] { return beats_ > before; }));
+    std::vector<uint64_t> found;
+    EXPECT_TRUE(becomes_true([&] { return !(found = staged()).empty(); }));  // before it is told to stop
+    EXPECT_EQ(found, (std::vector<uint64_t>{static_cast<uint64_t>(page)}));
+  }
+  handler_->request_stop();
+  runs.join();
+  EXPECT_TRUE(state_->status());
+}
+
+TEST_F(FaultHandlerTest, SeesThatTheVmEnds) {
+  std::thread runs([this] { handler_->run(); });
+  talk_->write_to = 3;
+  EXPECT_TRUE(becomes_true([&] { return written(); }));
+  ASSERT_TRUE(becomes_true([&] { return queue_ && !queue_->has_events(); }));
+  ::kill(process_.pid(), SIGKILL);
+  runs.join();
+  EXPECT_EQ(state_->status().error().code(), ErrorCode::vm);
 }
 
 TEST_F(FaultHandlerTest, IsToldWhoWaits) {

@@ -66,8 +66,8 @@ TEST(ThreadPriority, WhoMovesMayMoveOn) {
   in_a_thread([] {
     cpu_set_t before, after;
     ASSERT_EQ(::sched_getaffinity(0, sizeof before, &before), 0);
-    for (int processor = 0; processor < 8; ++processor) move_to(processor);  // some are not there
-    move_to(CPU_SETSIZE);
+    for (int processor = 0; processor < 8; ++processor) move_to(0, processor);  // some are not there
+    move_to(0, CPU_SETSIZE);
     ASSERT_EQ(::sched_getaffinity(0, sizeof after, &after), 0);
     EXPECT_TRUE(CPU_EQUAL(&before, &after));
 
@@ -77,7 +77,7 @@ TEST(ThreadPriority, WhoMovesMayMoveOn) {
     const int processor = ::sched_getcpu();
     CPU_SET(processor, &here);
     ASSERT_EQ(::sched_setaffinity(0, sizeof here, &here), 0);
-    for (int other = 0; other < 8; ++other) move_to(other);
+    for (int other = 0; other < 8; ++other) move_to(0, other);
     EXPECT_EQ(::sched_getcpu(), processor);
   });
 }
