@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "snap/vmm/uffd.h"
+#include "tests/snap/victim.h"
 
 namespace vmsnap {
 namespace {
