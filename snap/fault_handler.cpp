@@ -37,6 +37,8 @@ FaultHandler::FaultHandler(CaptureState& state, bool keep_huge, std::chrono::mil
     : state_(state), keep_huge_(keep_huge), stall_limit_(stall_limit),
       idle_ms_(static_cast<int>(std::clamp<int64_t>(stall_limit.count() / 4, 1, longest_idle_ms))),
       heartbeat_(std::move(heartbeat)) {
+  // To grow it would copy megabytes while a writer waits.
+  state_.first_written.reserve(CaptureState::max_first_written);
   recent_regions_.fill(UINT64_MAX);
 }
 
@@ -67,7 +69,8 @@ void FaultHandler::run() {
   hand_on_staged();
 }
 
-// Also after it, if no write has waited since.
+// Also after it, if no write has waited since. Whoever arms does not end its turn when
+// a writer waits, so that it is interrupted: else that takes until the next tick, 4 ms.
 Status FaultHandler::answer_until_instant() {
   pollfd watched[] = {{state_.uffd.fd(), POLLIN, 0},
                       {stop_.get(), POLLIN, 0},
@@ -88,6 +91,7 @@ Status FaultHandler::answer_until_instant() {
 // In read(2) itself, which is 1 us sooner there than poll(2) and read(2): a sixth of
 // what a writer waits.
 Status FaultHandler::answer_from_instant() {
+  prefer_this_thread_quietly();
   VMSNAP_CHECK(state_.uffd.make_blocking());
   Ticks ticks = VMSNAP_TRY(Ticks::start(std::chrono::milliseconds(std::min(lull_ms, idle_ms_))));
   bool lull = false;

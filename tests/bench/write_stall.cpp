@@ -1,7 +1,11 @@
 // What the writes of a process go through while its memory is captured.
 //
-//   write_stall floor PAGES    the bare mechanism: event, unprotect, wake; no
-//                              copy, nothing else to do; prints JSON
+//   write_stall floor PAGES [LOAD]
+//                              the bare mechanism: event, unprotect, wake; no
+//                              copy, nothing else to do; prints JSON. With LOAD,
+//                              in the conditions of a snapshot: the victim's
+//                              writes, its pace, and a thread per processor that
+//                              compresses, all scheduled as vmsnap's are
 //   write_stall victim PAGES KIND LOAD
 //                              memory of KIND (anonymous, thp, memfd), four
 //                              fifths of it filled; prints "RANGE start-end",
@@ -17,8 +21,10 @@
 #include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <zstd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -28,10 +34,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "snap/thread_priority.h"
 
 namespace {
 
@@ -58,6 +67,64 @@ std::vector<size_t> shuffled(size_t pages) {
   return order;
 }
 
+// So many pages a second, in groups, where 0 is as fast as it goes; what was missed is
+// made up for.
+class Pace {
+ public:
+  explicit Pace(const std::string& megabytes_per_second)
+      : rate_(megabytes_per_second == "full" ? 0 : std::strtod(megabytes_per_second.c_str(), nullptr) * 1e6 / page_bytes) {}
+
+  void wait_before(size_t page) {
+    if (rate_ == 0 || page % group != 0) return;
+    due_ += group / rate_;
+    const auto when = start_ + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(due_));
+    if (when > Clock::now()) std::this_thread::sleep_until(when);
+    if (Clock::now() - when > std::chrono::seconds(1)) start_ += std::chrono::seconds(1);
+  }
+
+ private:
+  static constexpr int group = 32;
+
+  double rate_;
+  Clock::time_point start_ = Clock::now();
+  double due_ = 0;
+};
+
+// The rest of a page whose first byte was written: the writer's own work.
+void write_rest(char* page) {
+  for (size_t i = 64; i < page_bytes; i += 64) {
+    volatile char* touched = page + i;
+    *touched = static_cast<char>(*touched + 1);
+  }
+}
+
+// A processor for each of them if nobody else wants it.
+class Compressors {
+ public:
+  explicit Compressors(const char* memory, size_t pages) {
+    for (unsigned i = 0; i < std::thread::hardware_concurrency(); ++i) {
+      threads_.emplace_back([this, memory, pages, i] {
+        ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), 5);
+        vmsnap::take_short_turns();
+        std::vector<char> packed(ZSTD_compressBound(page_bytes));
+        ZSTD_CCtx* context = ZSTD_createCCtx();
+        for (size_t page = i * pages / 2; !stop_; ++page) {
+          ZSTD_compressCCtx(context, packed.data(), packed.size(), memory + page % pages * page_bytes, page_bytes, 1);
+        }
+        ZSTD_freeCCtx(context);
+      });
+    }
+  }
+  ~Compressors() {
+    stop_ = true;
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+ private:
+  std::atomic<bool> stop_ = false;
+  std::vector<std::thread> threads_;
+};
+
 double timed_write(char* place) {
   const auto start = Clock::now();
   volatile char* touched = place;
@@ -75,7 +142,7 @@ void print(std::vector<double> times, const char* end = "\n") {
   std::fflush(stdout);
 }
 
-int measure_floor(size_t pages) {
+int measure_floor(size_t pages, const char* load) {
   char* memory = make_memory(pages);
   const auto address = reinterpret_cast<uint64_t>(memory);
   const int fd = static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK));
@@ -91,6 +158,7 @@ int measure_floor(size_t pages) {
   }
   std::atomic<bool> stop = false;
   std::thread handler([&] {
+    if (load) vmsnap::prefer_this_thread_quietly();
     pollfd waiting = {fd, POLLIN, 0};
     while (!stop) {
       if (::poll(&waiting, 1, 50) <= 0) continue;
@@ -102,7 +170,16 @@ int measure_floor(size_t pages) {
     }
   });
   std::vector<double> times;
-  for (const size_t page : shuffled(pages)) times.push_back(timed_write(memory + page * page_bytes));
+  {
+    std::optional<Compressors> compressors;
+    if (load) compressors.emplace(memory, pages);
+    Pace pace(load ? load : "full");
+    for (const size_t page : shuffled(pages)) {
+      pace.wait_before(times.size());
+      times.push_back(timed_write(memory + page * page_bytes));
+      if (load) write_rest(memory + page * page_bytes);
+    }
+  }
   stop = true;
   handler.join();
   print(std::move(times));
@@ -139,20 +216,13 @@ void fill(char* memory, size_t pages) {
 
 class Writer {
  public:
-  Writer(char* memory, size_t pages, double megabytes_per_second)
-      : memory_(memory), order_(shuffled(pages)), rate_(megabytes_per_second * 1e6 / page_bytes) {}
+  Writer(char* memory, size_t pages, const std::string& load)
+      : memory_(memory), order_(shuffled(pages)), pace_(load) {}
 
-  // Until stop(); `rate_` pages a second, what was missed is made up for.
+  // Until stop().
   void run() {
-    auto start = Clock::now();
-    double due = 0;
     for (size_t i = 0; !stop_; i = (i + 1) % order_.size()) {
-      if (rate_ > 0 && i % 32 == 0) {
-        due += 32 / rate_;
-        const auto when = start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(due));
-        if (when > Clock::now()) std::this_thread::sleep_until(when);
-        if (Clock::now() - when > std::chrono::seconds(1)) start += std::chrono::seconds(1);
-      }
+      pace_.wait_before(i);
       write(memory_ + order_[i] * page_bytes);
       if (mark_) report();
     }
@@ -165,12 +235,9 @@ class Writer {
 
  private:
   void write(char* page) {
-    // The first byte waits, as in the floor; the rest is the writer's own work.
+    // The first byte waits, as in the floor.
     const double took = timed_write(page);
-    for (size_t i = 64; i < page_bytes; i += 64) {
-      volatile char* touched = page + i;
-      *touched = static_cast<char>(*touched + 1);
-    }
+    write_rest(page);
     ++written_;
     if (took > threshold_us) waited_.push_back(took);
   }
@@ -187,7 +254,7 @@ class Writer {
 
   char* memory_;
   std::vector<size_t> order_;
-  double rate_;
+  Pace pace_;
   std::atomic<bool> stop_ = false, mark_ = false;
   std::vector<double> waited_;
   uint64_t written_ = 0;
@@ -198,7 +265,7 @@ int be_victim(size_t pages, const std::string& kind, const std::string& load) {
   char* memory = make_memory_of(kind, pages);
   const size_t filled = pages * 4 / 5;
   fill(memory, filled);
-  Writer writer(memory, filled, load == "full" ? 0 : std::strtod(load.c_str(), nullptr));
+  Writer writer(memory, filled, load);
   const bool idle = load == "0";
   std::thread thread([&] {
     if (!idle) writer.run();
@@ -224,8 +291,10 @@ int be_victim(size_t pages, const std::string& kind, const std::string& load) {
 
 int main(int argc, char** argv) {
   const size_t pages = argc >= 3 ? std::strtoull(argv[2], nullptr, 10) : 0;
-  if (pages > 0 && argc == 3 && std::strcmp(argv[1], "floor") == 0) return measure_floor(pages);
+  if (pages > 0 && (argc == 3 || argc == 4) && std::strcmp(argv[1], "floor") == 0) {
+    return measure_floor(pages, argc == 4 ? argv[3] : nullptr);
+  }
   if (pages > 0 && argc == 5 && std::strcmp(argv[1], "victim") == 0) return be_victim(pages, argv[3], argv[4]);
-  std::fprintf(stderr, "usage: write_stall floor PAGES | victim PAGES anonymous|thp|memfd 0|MB|full\n");
+  std::fprintf(stderr, "usage: write_stall floor PAGES [MB|full] | victim PAGES anonymous|thp|memfd 0|MB|full\n");
   return 2;
 }
