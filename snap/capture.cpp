@@ -214,7 +214,7 @@ void Capture::mend_huge_pages() {
 // the next of them needs; then the sweep, until there is no more.
 Status Capture::work() {
   take_short_turns();
-  Turn turn(*state_);
+  Turn turn(*state_, *faults_);
   ImageWriter::Encoder encoder([&turn] { turn.end_if_wanted(); });
   Chunk swept = VMSNAP_TRY(Chunk::create());
   swept.populate();

@@ -19,11 +19,11 @@ namespace vmsnap {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
 constexpr int longest_idle_ms = 200;  // between an idle handler's signs of life
 constexpr int lull_ms = 20;   // how long pages wait for company on their way to a compressor
 constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
 constexpr std::chrono::microseconds early_wait{20};
+constexpr std::chrono::milliseconds between_looks{1};  // at where the writer runs, which takes 10 us
 // Pages. To copy eight takes 4 us longer than to copy one, which only pays for a
 // guest that goes on writing near by: where another write to the region has waited.
 constexpr uint64_t neighbours = 8;
@@ -145,6 +145,10 @@ Result<size_t> FaultHandler::answer_events() {
 // first, or one that is idle must be woken (60 us instead of 10 on two processors of a
 // virtual machine), and the scheduler likes to leave threads where they are.
 void FaultHandler::follow_writer() {
+  if (last_writer_.load(std::memory_order_relaxed) == 0) return;
+  const auto now = Clock::now().time_since_epoch();
+  auto next = next_look_.load(std::memory_order_relaxed);
+  if (now < next || !next_look_.compare_exchange_strong(next, now + between_looks)) return;
   const pid_t thread = thread_, writer = last_writer_.exchange(0);
   if (thread == 0 || writer == 0) return;
   const auto processor = state_.process.last_processor(writer);

@@ -16,6 +16,8 @@
 namespace vmsnap {
 
 class FaultHandler {
+  using Clock = std::chrono::steady_clock;
+
  public:
   // A guest that waits longer than `stall_limit` for room in the staging
   // memory (a disk that hangs) makes the capture fail. `heartbeat` is called
@@ -32,8 +34,8 @@ class FaultHandler {
   void run();
   void request_stop();
 
-  // Lets run() go where the last writer runs. Of another thread, now and then; reads
-  // a file in /proc.
+  // Lets run() go where the last writer runs, if nobody has looked for a while. Of any
+  // other threads, as often as they like; then it reads a file in /proc.
   void follow_writer();
 
   // Answers what waits now, and returns how many events that were; from the
@@ -82,7 +84,8 @@ class FaultHandler {
   std::atomic<bool> stopping_ = false;
   std::atomic<pid_t> thread_ = 0;     // of run()
   std::atomic<int> processor_ = 0;    // where that was at the last event
-  std::atomic<pid_t> last_writer_ = 0;  // 0: none since follow_writer()
+  std::atomic<pid_t> last_writer_ = 0;  // 0: none since follow_writer() looked
+  std::atomic<Clock::duration> next_look_{};  // of follow_writer(), since the clock's epoch
   bool at_instant_ = false;       // the instant has been, as of the last events
   // A unit that the sweep had claimed when a writer came, null if there is none,
   // and since when the writer waits.

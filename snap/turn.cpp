@@ -14,7 +14,7 @@ constexpr std::chrono::microseconds between_looks{50};
 
 }  // namespace
 
-Turn::Turn(const CaptureState& state) : state_(state) {
+Turn::Turn(const CaptureState& state, FaultHandler& faults) : state_(state), faults_(faults) {
   if (auto queue = UffdQueue::open(state.uffd)) queue_ = *std::move(queue);
 }
 
@@ -26,6 +26,7 @@ bool Turn::is_wanted() {
   const auto now = std::chrono::steady_clock::now();
   if (now - looked_ < between_looks) return false;
   looked_ = now;
+  faults_.follow_writer();
   const uint64_t woken = state_.writers_woken;
   return woken != std::exchange(woken_seen_, woken) || (queue_ && queue_->has_events());
 }

@@ -10,14 +10,17 @@
 #include <optional>
 
 #include "snap/capture_state.h"
+#include "snap/fault_handler.h"
 
 namespace vmsnap {
 
 class Turn {
  public:
-  explicit Turn(const CaptureState& state);
+  Turn(const CaptureState& state, FaultHandler& faults);
 
-  // To be called every few microseconds of work; looks some twenty times a millisecond.
+  // To be called every few microseconds of work; looks some twenty times a millisecond,
+  // and has the handler follow the writer (fault_handler.h): a worker that does it takes
+  // no time from either.
   // Yields if a writer has been let go since it looked last, or if a write waits to be
   // answered: either may have this processor next (sched_yield(2)).
   void end_if_wanted();
@@ -26,6 +29,7 @@ class Turn {
   bool is_wanted();
 
   const CaptureState& state_;
+  FaultHandler& faults_;
   std::optional<UffdQueue> queue_;  // none if /proc does not show it
   uint64_t woken_seen_ = 0;
   std::chrono::steady_clock::time_point looked_;
