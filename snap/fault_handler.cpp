@@ -62,20 +62,21 @@ void FaultHandler::request_stop() {
 void FaultHandler::run() {
   prefer_this_thread();
   thread_ = ::gettid();
-  Status answered = answer_until_instant();
-  if (answered) answered = answer_from_instant();
+  Status answered = answer_by_poll(Until::instant);
+  if (answered) answered = answer_by_read();
+  if (answered) answered = answer_the_rest();
   thread_ = 0;
   if (!answered) return state_.fail(answered.error());
   hand_on_staged();
 }
 
-// Also after it, if no write has waited since. Whoever arms does not end its turn when
-// a writer waits, so that it is interrupted: else that takes until the next tick, 4 ms.
-Status FaultHandler::answer_until_instant() {
+// Until the first write after the instant. Whoever arms does not end its turn when a
+// writer waits, so that it is interrupted: else that takes until the next tick, 4 ms.
+Status FaultHandler::answer_by_poll(Until end) {
   pollfd watched[] = {{state_.uffd.fd(), POLLIN, 0},
                       {stop_.get(), POLLIN, 0},
                       {state_.process.pidfd(), POLLIN, 0}};
-  while (!state_.failed() && !at_instant_ && !stopping_) {
+  while (!state_.failed() && !stopping_ && !(end == Until::instant && at_instant_)) {
     heartbeat_();
     const int ready = ::poll(watched, std::size(watched), has_staged() ? std::min(lull_ms, idle_ms_) : idle_ms_);
     if (ready < 0 && errno != EINTR) return fail_errno(errno, "poll failed");
@@ -90,10 +91,11 @@ Status FaultHandler::answer_until_instant() {
 
 // In read(2) itself, which is 1 us sooner there than poll(2) and read(2): a sixth of
 // what a writer waits.
-Status FaultHandler::answer_from_instant() {
+Status FaultHandler::answer_by_read() {
   prefer_this_thread_quietly();
+  auto ticks = Ticks::start(std::chrono::milliseconds(std::min(lull_ms, idle_ms_)));
+  if (!ticks) return answer_by_poll(Until::stopped);  // RLIMIT_SIGPENDING
   VMSNAP_CHECK(state_.uffd.make_blocking());
-  Ticks ticks = VMSNAP_TRY(Ticks::start(std::chrono::milliseconds(std::min(lull_ms, idle_ms_))));
   bool lull = false;
   while (!state_.failed() && !stopping_) {
     if (const auto event = VMSNAP_TRY(state_.uffd.wait_for_event())) {
@@ -102,12 +104,16 @@ Status FaultHandler::answer_from_instant() {
       last_writer_.store(event->thread, std::memory_order_relaxed);
       lull = false;
     }
-    if (!ticks.take()) continue;
+    if (!ticks->take()) continue;
     VMSNAP_CHECK(look_around());
     // A lull: what was copied so far can be compressed.
     if (lull) hand_on_staged();
     lull = true;
   }
+  return {};
+}
+
+Status FaultHandler::answer_the_rest() {
   VMSNAP_CHECK(state_.uffd.make_nonblocking());
   while (!state_.failed() && VMSNAP_TRY(answer_events()) > 0) {
   }
@@ -294,9 +300,9 @@ Result<Chunk*> FaultHandler::chunk_with_room(size_t pages) {
   flush();
   const auto deadline = Clock::now() + stall_limit_;
   while (!state_.failed()) {
+    heartbeat_();
     chunk_ = state_.staging->take_empty(std::chrono::milliseconds(idle_ms_));
     if (chunk_) return chunk_;
-    heartbeat_();
     if (Clock::now() < deadline) continue;
     return stalled();
   }

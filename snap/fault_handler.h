@@ -44,8 +44,10 @@ class FaultHandler {
   Result<size_t> answer_events();
 
  private:
-  Status answer_until_instant();
-  Status answer_from_instant();
+  enum class Until { instant, stopped };
+  Status answer_by_poll(Until end);
+  Status answer_by_read();
+  Status answer_the_rest();
   Status look_around();
   Status handle(const UffdEvent& event);
   Status let_through(CapturedPiece& piece, uint64_t unit);

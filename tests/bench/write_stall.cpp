@@ -5,7 +5,8 @@
 //                              copy, nothing else to do; prints JSON. With LOAD,
 //                              in the conditions of a snapshot: the victim's
 //                              writes, its pace, and a thread per processor that
-//                              compresses, all scheduled as vmsnap's are
+//                              compresses, all scheduled as vmsnap's are; whoever
+//                              answers stays on the processor of whoever writes
 //   write_stall victim PAGES KIND LOAD
 //                              memory of KIND (anonymous, thp, memfd), four
 //                              fifths of it filled; prints "RANGE start-end",
@@ -19,16 +20,20 @@
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include <zstd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -98,31 +103,48 @@ void write_rest(char* page) {
   }
 }
 
-// A processor for each of them if nobody else wants it.
+void stay_on_first_processor() {
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(0, &one);
+  ::sched_setaffinity(0, sizeof one, &one);
+}
+
+[[noreturn]] void compress(char* memory, size_t pages) {
+  ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), 5);
+  vmsnap::take_short_turns();
+  std::vector<char> packed(ZSTD_compressBound(page_bytes));
+  ZSTD_CCtx* context = ZSTD_createCCtx();
+  for (size_t page = 0;; page = (page + 1) % pages) {
+    ZSTD_compressCCtx(context, packed.data(), packed.size(), memory + page * page_bytes, page_bytes, 1);
+  }
+}
+
+// One for each processor. In processes of their own: as ours, they have nothing to do
+// with the memory that is written, whose mappings they would have to be told of.
 class Compressors {
  public:
-  explicit Compressors(const char* memory, size_t pages) {
+  Compressors() {
     for (unsigned i = 0; i < std::thread::hardware_concurrency(); ++i) {
-      threads_.emplace_back([this, memory, pages, i] {
-        ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), 5);
-        vmsnap::take_short_turns();
-        std::vector<char> packed(ZSTD_compressBound(page_bytes));
-        ZSTD_CCtx* context = ZSTD_createCCtx();
-        for (size_t page = i * pages / 2; !stop_; ++page) {
-          ZSTD_compressCCtx(context, packed.data(), packed.size(), memory + page % pages * page_bytes, page_bytes, 1);
-        }
-        ZSTD_freeCCtx(context);
-      });
+      const pid_t child = ::fork();
+      if (child == 0) {
+        ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+        compress(make_memory(own_pages), own_pages);
+      }
+      children_.push_back(child);
     }
   }
   ~Compressors() {
-    stop_ = true;
-    for (std::thread& thread : threads_) thread.join();
+    for (const pid_t child : children_) {
+      ::kill(child, SIGKILL);
+      ::waitpid(child, nullptr, 0);
+    }
   }
 
  private:
-  std::atomic<bool> stop_ = false;
-  std::vector<std::thread> threads_;
+  static constexpr size_t own_pages = 16384;
+
+  std::vector<pid_t> children_;
 };
 
 double timed_write(char* place) {
@@ -143,6 +165,8 @@ void print(std::vector<double> times, const char* end = "\n") {
 }
 
 int measure_floor(size_t pages, const char* load) {
+  std::optional<Compressors> compressors;
+  if (load) compressors.emplace();
   char* memory = make_memory(pages);
   const auto address = reinterpret_cast<uint64_t>(memory);
   const int fd = static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK));
@@ -158,7 +182,10 @@ int measure_floor(size_t pages, const char* load) {
   }
   std::atomic<bool> stop = false;
   std::thread handler([&] {
-    if (load) vmsnap::prefer_this_thread_quietly();
+    if (load) {
+      vmsnap::prefer_this_thread_quietly();
+      stay_on_first_processor();
+    }
     pollfd waiting = {fd, POLLIN, 0};
     while (!stop) {
       if (::poll(&waiting, 1, 50) <= 0) continue;
@@ -169,16 +196,13 @@ int measure_floor(size_t pages, const char* load) {
       ::ioctl(fd, UFFDIO_WRITEPROTECT, &one);
     }
   });
+  if (load) stay_on_first_processor();
   std::vector<double> times;
-  {
-    std::optional<Compressors> compressors;
-    if (load) compressors.emplace(memory, pages);
-    Pace pace(load ? load : "full");
-    for (const size_t page : shuffled(pages)) {
-      pace.wait_before(times.size());
-      times.push_back(timed_write(memory + page * page_bytes));
-      if (load) write_rest(memory + page * page_bytes);
-    }
+  Pace pace(load ? load : "full");
+  for (const size_t page : shuffled(pages)) {
+    pace.wait_before(times.size());
+    times.push_back(timed_write(memory + page * page_bytes));
+    if (load) write_rest(memory + page * page_bytes);
   }
   stop = true;
   handler.join();

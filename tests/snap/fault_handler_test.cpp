@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #include <atomic>
 #include <cstring>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "snap/capture.h"
+#include "snap/ticks.h"
 #include "snap/vmm/handover.h"
 #include "tests/snap/victim.h"
 
@@ -118,6 +120,26 @@ TEST_F(FaultHandlerTest, WaitsWithoutLosingSight) {
   handler_->request_stop();
   runs.join();
   EXPECT_TRUE(state_->status());
+}
+
+TEST_F(FaultHandlerTest, DoesWithoutATimer) {
+  rlimit before;
+  ASSERT_EQ(::getrlimit(RLIMIT_SIGPENDING, &before), 0);
+  const rlimit none = {0, before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_SIGPENDING, &none), 0);
+  EXPECT_FALSE(Ticks::start(1ms));
+  std::thread runs([this] { handler_->run(); });
+  for (const int page : {3, 100}) {
+    talk_->write_to = page;
+    EXPECT_TRUE(becomes_true([&] { return written(); }));
+  }
+  handler_->request_stop();
+  runs.join();
+  ASSERT_EQ(::setrlimit(RLIMIT_SIGPENDING, &before), 0);
+  EXPECT_TRUE(state_->status());
+  std::vector<uint64_t> found = staged();
+  if (found.size() == 1) found.push_back(staged().at(0));  // a while lay between them
+  EXPECT_EQ(found, (std::vector<uint64_t>{3, 100}));
 }
 
 TEST_F(FaultHandlerTest, SeesThatTheVmEnds) {
