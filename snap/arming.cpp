@@ -1,5 +1,6 @@
 #include "snap/arming.h"
 
+#include <sched.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -14,6 +15,9 @@ namespace vmsnap {
 namespace {
 
 constexpr uint64_t step_bytes = 16 << 20;
+// So much takes 0.1 ms, and may keep a processor from an early writer.
+constexpr uint64_t turn_bytes = 4 << 20;
+constexpr size_t turn_runs = 16;
 // Holes nearer to each other than this are looked through in one go.
 constexpr uint64_t hole_gap_bytes = 2 << 20;
 // What lies between pages that are to be protected again, if it is no more, is
@@ -22,6 +26,10 @@ constexpr uint64_t hole_gap_bytes = 2 << 20;
 constexpr uint64_t protect_gap_units = 64;
 constexpr int max_rounds = 16;
 constexpr size_t few_runs = 128;
+
+// Somebody may wait for this processor: a writer, or the handler, which lets it through
+// but does not interrupt us (thread_priority.h).
+void end_turn() { ::sched_yield(); }
 
 // hugetlb pages are so few that there is nothing to gain.
 bool armed_ahead(const CapturedPiece& piece) { return piece.piece.unit_bytes == page_size; }
@@ -145,8 +153,11 @@ Status Arming::ahead(const std::function<Status()>& on_step) {
     if (!armed_ahead(*piece)) continue;
     note_huge(*piece, VMSNAP_TRY(state_.pagemap.huge(piece->piece.range)));
     for (uint64_t done = 0; done < piece->piece.range.length; done += step_bytes) {
-      VMSNAP_CHECK(protect({piece->piece.range.start + done,
-                            std::min(step_bytes, piece->piece.range.length - done)}));
+      const uint64_t end = std::min(done + step_bytes, piece->piece.range.length);
+      for (uint64_t at = done; at < end; at += turn_bytes) {
+        VMSNAP_CHECK(protect({piece->piece.range.start + at, std::min(turn_bytes, end - at)}));
+        end_turn();
+      }
       VMSNAP_CHECK(on_step());
       VMSNAP_CHECK(state_.status());
     }
@@ -214,12 +225,15 @@ Result<size_t> Arming::protect_again() {
     runs.swap(state_.let_through);
   }
   const size_t count = runs.size();
-  VMSNAP_CHECK(protect_runs(std::move(runs)));
+  runs = merged(std::move(runs));
+  for (size_t done = 0; done < runs.size(); done += turn_runs) {
+    VMSNAP_CHECK(protect_runs(std::span(runs).subspan(done, std::min(turn_runs, runs.size() - done))));
+    end_turn();
+  }
   return count;
 }
 
-Status Arming::protect_runs(std::vector<UnitRun> runs) {
-  runs = merged(std::move(runs));
+Status Arming::protect_runs(std::span<const UnitRun> runs) {
   for (const UnitRun& run : runs) {
     const RemoteRange range = run.piece->units(run.first, run.count);
     VMSNAP_CHECK(protect(range));
@@ -274,7 +288,7 @@ Status Arming::arm_private_hugetlb(CapturedPiece& piece) {
 }
 
 Status Arming::at_instant() {
-  VMSNAP_CHECK(protect_runs(std::exchange(state_.let_through, {})));
+  VMSNAP_CHECK(protect_runs(merged(std::exchange(state_.let_through, {}))));
   const size_t half = state_.pieces.size() / 2;
   for (size_t i = 0; i < state_.pieces.size(); ++i) {
     if (i == half) VMSNAP_TEST_POINT("pause.half_armed");

@@ -23,6 +23,7 @@
 #pragma once
 
 #include <functional>
+#include <span>
 
 #include "formats/error.h"
 #include "snap/capture_state.h"
@@ -45,7 +46,7 @@ class Arming {
   Status survey(CapturedPiece& piece);
   void note_huge(CapturedPiece& piece, const std::vector<RemoteRange>& runs);
   Result<size_t> protect_again();
-  Status protect_runs(std::vector<UnitRun> runs);
+  Status protect_runs(std::span<const UnitRun> runs);
   Status note_owned(CapturedPiece& piece, RemoteRange range);
   Status protect_appeared(CapturedPiece& piece);
   Status arm_private_hugetlb(CapturedPiece& piece);

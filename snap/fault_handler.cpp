@@ -70,8 +70,7 @@ void FaultHandler::run() {
   hand_on_staged();
 }
 
-// Until the first write after the instant. Whoever arms does not end its turn when a
-// writer waits, so that it is interrupted: else that takes until the next tick, 4 ms.
+// Until the first write after the instant.
 Status FaultHandler::answer_by_poll(Until end) {
   pollfd watched[] = {{state_.uffd.fd(), POLLIN, 0},
                       {stop_.get(), POLLIN, 0},
@@ -92,7 +91,6 @@ Status FaultHandler::answer_by_poll(Until end) {
 // In read(2) itself, which is 1 us sooner there than poll(2) and read(2): a sixth of
 // what a writer waits.
 Status FaultHandler::answer_by_read() {
-  prefer_this_thread_quietly();
   auto ticks = Ticks::start(std::chrono::milliseconds(std::min(lull_ms, idle_ms_)));
   if (!ticks) return answer_by_poll(Until::stopped);  // RLIMIT_SIGPENDING
   VMSNAP_CHECK(state_.uffd.make_blocking());

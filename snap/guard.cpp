@@ -21,7 +21,7 @@ namespace vmsnap {
 namespace {
 
 // Between two signs of life; each wakes the guard.
-constexpr std::chrono::milliseconds longest_beat_gap{50};
+constexpr std::chrono::milliseconds longest_beat_gap{200};
 
 // How long the guard tries to resume a VM that hangs; then it is for people to say
 // whether it shall run.

@@ -1,5 +1,7 @@
 #include "snap/staging.h"
 
+#include <sched.h>
+
 #include <algorithm>
 
 namespace vmsnap {
@@ -35,7 +37,10 @@ Result<std::unique_ptr<Staging>> Staging::create(uint64_t bytes) {
 void Staging::populate(const std::atomic<bool>& enough) {
   std::lock_guard lock(mutex_);
   // From the back: the last is taken first.
-  for (size_t left = empty_.size(); left > reserve() && !enough; --left) empty_[left - 1]->populate();
+  for (size_t left = empty_.size(); left > reserve() && !enough; --left) {
+    empty_[left - 1]->populate();
+    ::sched_yield();  // a writer may wait for this processor
+  }
 }
 
 Chunk* Staging::take_empty(std::chrono::milliseconds limit) {

@@ -11,11 +11,10 @@ namespace vmsnap {
 namespace {
 
 constexpr uint64_t chunk_bytes = Chunk::capacity * page_size;
-// Whoever writes to a page that the sweep is copying waits for all that it
-// copies in one go: little, while there are writers, except of a huge page, which
-// is freed as a whole.
-constexpr uint64_t pages_at_once = 32;
-constexpr uint64_t pages_at_once_when_quiet = 128;  // 50 us
+// Whoever writes to a page that the sweep is copying waits for all that it copies in
+// one go, 50 us, except of a huge page, which is freed as a whole. Not less: whenever
+// pages are freed the processors on which the guest runs are interrupted.
+constexpr uint64_t pages_at_once = 128;
 
 bool is_large(const CapturedPiece& piece) { return piece.piece.unit_bytes > page_size; }
 
@@ -78,9 +77,7 @@ Result<bool> Sweep::next(Chunk& chunk, const std::function<Status()>& full, Turn
 Status Sweep::copy_pages(const Work& work, Chunk& chunk, Turn& turn) {
   const uint64_t writes = state_.counters.write_faults;
   const bool quiet = writes_seen_.exchange(writes) == writes;
-  const uint64_t step = work.piece->is_whole(work.first) ? Chunk::capacity
-                        : quiet                          ? pages_at_once_when_quiet
-                                                         : pages_at_once;
+  const uint64_t step = work.piece->is_whole(work.first) ? Chunk::capacity : pages_at_once;
   for (uint64_t first = work.first; first < work.end && !state_.failed(); first += step) {
     turn.end_if_wanted();
     std::optional<HigherPriority> preferred;  // a writer may wait for what is claimed

@@ -51,11 +51,6 @@ void set_policy(int policy) {
 }  // namespace
 
 void prefer_this_thread() {
-  if (::sched_getscheduler(0) == SCHED_IDLE) set_policy(SCHED_OTHER);
-  set_nice(most_preferred);
-}
-
-void prefer_this_thread_quietly() {
   set_nice(most_preferred);
   schedule_as_batch(0);
 }

@@ -9,11 +9,9 @@
 
 namespace vmsnap {
 
-// The calling thread answers those who wait: it is the first to get a processor, and
-// interrupts whoever has it, if that is not the guest.
+// The calling thread answers those who wait: it is the first to get a processor
+// that is free.
 void prefer_this_thread();
-// The same, but it interrupts nobody who does not end a turn soon by himself (turn.h).
-void prefer_this_thread_quietly();
 
 // Moves a thread of ours to a processor, if it may run there; not for good. From
 // another thread, because that takes as long as to answer two writes.

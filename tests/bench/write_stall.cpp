@@ -183,7 +183,7 @@ int measure_floor(size_t pages, const char* load) {
   std::atomic<bool> stop = false;
   std::thread handler([&] {
     if (load) {
-      vmsnap::prefer_this_thread_quietly();
+      vmsnap::prefer_this_thread();
       stay_on_first_processor();
     }
     pollfd waiting = {fd, POLLIN, 0};
