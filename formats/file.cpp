@@ -67,6 +67,12 @@ Status write_all_at(int fd, std::span<const std::byte> bytes, uint64_t offset,
   return {};
 }
 
+Status set_nonblocking(int fd, bool on, const std::string& name) {
+  const int flags = ::fcntl(fd, F_GETFL);
+  if (flags >= 0 && ::fcntl(fd, F_SETFL, on ? flags | O_NONBLOCK : flags & ~O_NONBLOCK) == 0) return {};
+  return fail_errno(errno, "cannot make {} {}blocking", name, on ? "non-" : "");
+}
+
 Result<bool> lock_whole_file(int fd, const std::string& name, FileLock kind) {
   struct flock lock = {};
   lock.l_type = kind == FileLock::shared ? F_RDLCK : F_WRLCK;

@@ -50,6 +50,9 @@ Status write_all_at(int fd, std::span<const std::byte> bytes, uint64_t offset,
 // All of `bytes` at the current position (pipes, sockets, appending).
 Status write_all(int fd, std::span<const std::byte> bytes, const std::string& name);
 
+// Whether reads and writes wait: of all descriptors that were duplicated from this one.
+Status set_nonblocking(int fd, bool on, const std::string& name);
+
 // Takes the kernel lock (of the open file description, fcntl(2)) on all of a
 // file, without waiting; it goes with the last copy of the descriptor. False:
 // somebody has it.

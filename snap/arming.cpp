@@ -14,10 +14,9 @@ namespace vmsnap {
 
 namespace {
 
-constexpr uint64_t step_bytes = 16 << 20;
 // So much takes 0.1 ms, and may keep a processor from an early writer.
-constexpr uint64_t turn_bytes = 4 << 20;
-constexpr size_t turn_runs = 16;
+constexpr uint64_t step_bytes = 4 << 20;
+constexpr size_t step_runs = 16;
 // Holes nearer to each other than this are looked through in one go.
 constexpr uint64_t hole_gap_bytes = 2 << 20;
 // What lies between pages that are to be protected again, if it is no more, is
@@ -153,11 +152,9 @@ Status Arming::ahead(const std::function<Status()>& on_step) {
     if (!armed_ahead(*piece)) continue;
     note_huge(*piece, VMSNAP_TRY(state_.pagemap.huge(piece->piece.range)));
     for (uint64_t done = 0; done < piece->piece.range.length; done += step_bytes) {
-      const uint64_t end = std::min(done + step_bytes, piece->piece.range.length);
-      for (uint64_t at = done; at < end; at += turn_bytes) {
-        VMSNAP_CHECK(protect({piece->piece.range.start + at, std::min(turn_bytes, end - at)}));
-        end_turn();
-      }
+      VMSNAP_CHECK(protect({piece->piece.range.start + done,
+                            std::min(step_bytes, piece->piece.range.length - done)}));
+      end_turn();
       VMSNAP_CHECK(on_step());
       VMSNAP_CHECK(state_.status());
     }
@@ -226,8 +223,8 @@ Result<size_t> Arming::protect_again() {
   }
   const size_t count = runs.size();
   runs = merged(std::move(runs));
-  for (size_t done = 0; done < runs.size(); done += turn_runs) {
-    VMSNAP_CHECK(protect_runs(std::span(runs).subspan(done, std::min(turn_runs, runs.size() - done))));
+  for (size_t done = 0; done < runs.size(); done += step_runs) {
+    VMSNAP_CHECK(protect_runs(std::span(runs).subspan(done, std::min(step_runs, runs.size() - done))));
     end_turn();
   }
   return count;

@@ -34,8 +34,8 @@ class Arming {
  public:
   explicit Arming(CaptureState& state) : state_(state) {}
 
-  // Blocks for some 30 ms per GiB; `on_step` is called about every
-  // millisecond, and an error that it returns ends it.
+  // Blocks for some 30 ms per GiB; `on_step` is called several
+  // times a millisecond, and an error that it returns ends it.
   Status ahead(const std::function<Status()>& on_step);
   Status again();
   // Under CaptureState::arming, which the caller holds. Sets `armed`.

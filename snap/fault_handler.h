@@ -94,7 +94,7 @@ class FaultHandler {
   struct SweepsWait {
     CapturedPiece* piece = nullptr;
     uint64_t unit = 0;
-    std::chrono::steady_clock::time_point since = {};
+    Clock::time_point since = {};
   };
 
   // Under CaptureState::arming until the instant, then of run() alone:

@@ -105,18 +105,8 @@ Result<Uffd> Uffd::initialize(Fd fd, uint64_t features) {
   return Uffd(std::move(fd));
 }
 
-namespace {
-
-Status set_flag(int fd, int flag, bool on) {
-  const int flags = ::fcntl(fd, F_GETFL);
-  if (flags >= 0 && ::fcntl(fd, F_SETFL, on ? flags | flag : flags & ~flag) == 0) return {};
-  return fail_errno(errno, "cannot make a userfaultfd {}blocking", on ? "non-" : "");
-}
-
-}  // namespace
-
-Status Uffd::make_nonblocking() const { return set_flag(fd(), O_NONBLOCK, true); }
-Status Uffd::make_blocking() const { return set_flag(fd(), O_NONBLOCK, false); }
+Status Uffd::make_nonblocking() const { return set_nonblocking(fd(), true, "a userfaultfd"); }
+Status Uffd::make_blocking() const { return set_nonblocking(fd(), false, "a userfaultfd"); }
 
 Result<RegisterOutcome> Uffd::register_range(RemoteRange range, RegisterMode mode) const {
   uffdio_register request = {};

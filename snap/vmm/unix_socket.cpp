@@ -1,6 +1,5 @@
 #include "snap/vmm/unix_socket.h"
 
-#include <fcntl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -50,10 +49,7 @@ Result<Fd> connect_to_socket(const std::string& path, int type, std::chrono::mil
     VMSNAP_CHECK(go_on());
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
-  const int flags = ::fcntl(socket.get(), F_GETFL);
-  if (flags < 0 || ::fcntl(socket.get(), F_SETFL, flags & ~O_NONBLOCK) < 0) {
-    return fail_errno(errno, "cannot set up a socket");
-  }
+  VMSNAP_CHECK(set_nonblocking(socket.get(), false, "a socket"));
   return socket;
 }
 

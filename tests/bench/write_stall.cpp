@@ -24,7 +24,6 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -111,7 +110,7 @@ void stay_on_first_processor() {
 }
 
 [[noreturn]] void compress(char* memory, size_t pages) {
-  ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), 5);
+  const vmsnap::LowerPriority deferred;
   vmsnap::take_short_turns();
   std::vector<char> packed(ZSTD_compressBound(page_bytes));
   ZSTD_CCtx* context = ZSTD_createCCtx();
